@@ -1,0 +1,84 @@
+"""The `msee` command: what people do with a trained model."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from .data.contract import load_split
+from .evaluation.evaluate import PROTOCOL, evaluate
+from .evaluation.samples import EvaluationSamples
+from .evaluation.tables import format_table, write_metrics
+from .image_processing_msee import MSEEImageProcessor
+from .inference.explain import explain
+from .inference.figures import figure_rows
+from .modeling_msee import MSEEForWeaklySupervisedSegmentation
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 1 and a message on standard error for bad input."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="msee", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("model", help="a checkpoint folder or a Hub repository")
+    shared.add_argument("--data", required=True, help="a data set as datasets_scripts writes it, or a Hub repository")
+    shared.add_argument("--split", default="validation", help="split with masks (default: %(default)s)")
+
+    scoring = commands.add_parser("evaluate", parents=[shared], help="print and write mIoU of CAM, Seg and Seg + CRF")
+    scoring.add_argument("--crf", action="store_true", help="also score the segmentation after dense CRF")
+    scoring.add_argument("--output", type=Path, help="JSON file for the results")
+    scoring.set_defaults(run=_evaluate)
+
+    drawing = commands.add_parser("figures", parents=[shared], help="draw image, CAMs, regions, labels and result in rows")
+    drawing.add_argument("--count", type=int, default=8, help="number of images (default: %(default)s)")
+    drawing.add_argument("--output", type=Path, required=True, help="folder for the pictures")
+    drawing.set_defaults(run=_figures)
+    return parser
+
+
+def _load(arguments: argparse.Namespace) -> tuple[MSEEForWeaklySupervisedSegmentation, EvaluationSamples]:
+    model = MSEEForWeaklySupervisedSegmentation.from_pretrained(arguments.model).eval()
+    processor = MSEEImageProcessor.from_pretrained(arguments.model)
+    return model, EvaluationSamples(load_split(arguments.data, arguments.split), processor)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    model, samples = _load(arguments)
+    results = evaluate(model, samples, crf=arguments.crf)
+    names = list(model.config.id2label.values())
+    if arguments.output is not None:
+        write_metrics(arguments.output, results, names, PROTOCOL)
+    print(format_table(results, names, PROTOCOL))
+
+
+def _figures(arguments: argparse.Namespace) -> None:
+    model, samples = _load(arguments)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    chosen = np.linspace(0, len(samples) - 1, min(arguments.count, len(samples))).round().astype(int)
+    rows, present = [], {0}
+    for index in tqdm(chosen.tolist(), desc="Drawing"):
+        sample = samples[index]
+        target = sample["segmentation_map"].numpy()
+        rows.append(explain(model, samples.processor, samples.image(index), sample["labels"], target))
+        present |= {int(label) + 1 for label in sample["labels"].nonzero()}
+    names = {value: model.config.id2label[value] for value in sorted(present)} | {255: "ignored"}
+    path = arguments.output / f"{arguments.split}.png"
+    figure_rows(rows, names, path, f"{Path(arguments.model).name} on {arguments.split}")
+    print(f"Written to {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

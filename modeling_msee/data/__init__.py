@@ -1,0 +1,1 @@
+"""Reading data sets in the form that the builders of `datasets_scripts` write."""

@@ -1,0 +1,112 @@
+"""Reading a data set of the contract: image_id, image, labels and, in evaluation splits, segmentation_map."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Image, List, load_dataset, load_from_disk
+from PIL import Image as PILImage
+from PIL import ImageOps
+from torch import Tensor
+from tqdm.auto import tqdm
+
+
+BACKGROUND = "background"
+
+
+def load_split(path: str, split: str) -> Dataset:
+    """One split of a data set: a folder of Parquet files, a folder of `save_to_disk`, or a Hub repository.
+
+    Raises:
+        ValueError: no such split, or the columns are not those of the contract.
+        FileNotFoundError: neither a folder nor a reachable Hub repository.
+    """
+    folder = Path(path)
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        loaded = load_from_disk(path)
+        if isinstance(loaded, DatasetDict):
+            if split not in loaded:
+                raise ValueError(f"{path}: expected a split {split!r}, found {', '.join(loaded)}.")
+            loaded = loaded[split]
+    elif folder.exists() and not folder.is_dir():
+        raise ValueError(f"{path}: expected a folder or a Hub repository, got a file.")
+    else:
+        loaded = load_dataset(path, split=split)
+    check_columns(loaded, path)
+    # Files are decoded here and not by the library, so that a broken one can be named.
+    for column in ("image", "segmentation_map"):
+        if column in loaded.column_names:
+            loaded = loaded.cast_column(column, Image(decode=False))
+    return loaded
+
+
+def check_columns(dataset: Dataset, path: str) -> None:
+    """Raise ValueError unless `image` and `labels` (a list of ClassLabel) are there."""
+    features = dataset.features
+    for column in ("image_id", "image", "labels"):
+        if column not in features:
+            raise ValueError(
+                f"{path}: expected a column {column!r}, found {', '.join(features)}. "
+                "`python -m datasets_scripts.image_tags --help` turns other data into the expected form."
+            )
+    labels = features["labels"]
+    if not (isinstance(labels, List) and isinstance(labels.feature, ClassLabel)):
+        raise ValueError(f"{path}: column 'labels': expected a list of ClassLabel, got {labels!r}.")
+
+
+def class_names(dataset: Dataset) -> list[str]:
+    """Names of all labels, the background first."""
+    return [BACKGROUND, *dataset.features["labels"].feature.names]
+
+
+def multi_hot(labels: Sequence[int], num_classes: int, image_id: str) -> Tensor:
+    """Foreground indices -> (num_classes,) of 0 and 1.
+
+    Raises:
+        ValueError: an index out of range, with the image's name.
+    """
+    wrong = [label for label in labels if not 0 <= label < num_classes]
+    if wrong:
+        raise ValueError(f"{image_id}: expected labels from 0 to {num_classes - 1}, got {wrong}.")
+    hot = torch.zeros(num_classes)
+    hot[list(labels)] = 1
+    return hot
+
+
+def read_image(sample: dict, column: str = "image") -> PILImage.Image:
+    """Decode one undecoded image column completely.
+
+    Raises:
+        ValueError: the file cannot be decoded, with its name.
+    """
+    stored = sample[column]
+    source = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
+    try:
+        image = PILImage.open(source)
+        image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        name = stored["path"] or sample["image_id"]
+        raise ValueError(
+            f"{column} {name} (image_id {sample['image_id']}) cannot be read: {error}. "
+            "Repair or remove the file, or train with --skip_bad_images."
+        ) from error
+    return image
+
+
+def read_rgb(sample: dict) -> PILImage.Image:
+    """The image upright and in RGB."""
+    return ImageOps.exif_transpose(read_image(sample)).convert("RGB")
+
+
+def without_bad_images(dataset: Dataset) -> tuple[Dataset, list[str]]:
+    """The samples whose image can be read, and a message for each that cannot."""
+    good, messages = [], []
+    for index, sample in enumerate(tqdm(dataset, desc="Checking images")):
+        try:
+            read_image(sample)
+        except ValueError as error:
+            messages.append(str(error))
+        else:
+            good.append(index)
+    return dataset.select(good), messages

@@ -1,0 +1,1 @@
+"""Figures of predictions; matplotlib is imported by `inference.figures` alone."""

@@ -1,0 +1,232 @@
+"""Label maps, activation maps and regions as pictures, and rows of pictures as one figure."""
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+_DPI = 150
+_SIDE = 255  # pixels, the square a panel is fitted into
+_CELL = _SIDE / _DPI  # the same in inches, as all lengths below
+_GAP = 0.06
+_MARGIN = 0.12
+_LINE = 0.17  # height of a line of column title or legend
+_CHARACTER = 0.067  # width of a character of the legend
+_CELL_CHARACTERS = 22  # column titles are wrapped to this
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """One picture of a figure: a column title and an RGB image, uint8 (H, W, 3)."""
+
+    title: str
+    image: np.ndarray
+
+    def __post_init__(self) -> None:
+        _check_image(self.image)
+
+
+def _check_image(image: np.ndarray) -> None:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"expected an RGB image, uint8 (H, W, 3), got {image.dtype} {image.shape}")
+
+
+def _check_same_size(image: np.ndarray, name: str, values: np.ndarray) -> None:
+    _check_image(image)
+    if values.shape != image.shape[:2]:
+        raise ValueError(
+            f"{name} must have the image's size {image.shape[:2]}, got {values.shape}; resize it first"
+        )
+
+
+def voc_palette(n: int = 256) -> np.ndarray:
+    """The first `n` colours of the PASCAL VOC colormap, uint8 (n, 3); 0 is black, 255 (ignored) is cream.
+
+    Bits 0, 1, 2 of the value (then 3, 4, 5, …) are bits 7 (then 6, …) of red, green, blue. `n` is 1 to 256.
+    """
+    if not 1 <= n <= 256:
+        raise ValueError(f"expected 1 to 256 colours, got {n}")
+    values = np.arange(n)[:, None]
+    channels = np.arange(3)[None, :]
+    palette = np.zeros((n, 3), dtype=np.int64)
+    for step in range(8):
+        palette |= ((values >> (3 * step + channels)) & 1) << (7 - step)
+    return palette.astype(np.uint8)
+
+
+def colorize(segmentation: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """RGB uint8 (H, W, 3) of a label map (H, W); ValueError for a value the palette has no colour for."""
+    segmentation = np.asarray(segmentation)
+    if segmentation.ndim != 2 or not np.issubdtype(segmentation.dtype, np.integer):
+        raise ValueError(
+            f"expected an integer label map (H, W), got {segmentation.dtype} {segmentation.shape}"
+        )
+    if segmentation.min() < 0 or segmentation.max() >= len(palette):
+        raise ValueError(
+            f"the palette has colours 0 to {len(palette) - 1}, the label map holds "
+            f"{segmentation.min()} to {segmentation.max()}"
+        )
+    return np.asarray(palette, dtype=np.uint8)[segmentation]
+
+
+def save_palette_png(segmentation: np.ndarray, path: str | Path) -> None:
+    """Write a label map (H, W), values 0 to 255, as an indexed PNG in VOC colours, as VOC's own masks are."""
+    palette = voc_palette()
+    colorize(segmentation, palette)  # its checks
+    picture = Image.fromarray(np.asarray(segmentation, dtype=np.uint8))
+    picture.putpalette(palette.tobytes())
+    picture.save(path, format="PNG")
+
+
+def _blend(image: np.ndarray, colours: np.ndarray, alpha: float) -> np.ndarray:
+    return np.rint((1 - alpha) * image + alpha * colours.astype(np.float32)).astype(np.uint8)
+
+
+def overlay(image: np.ndarray, segmentation: np.ndarray, alpha: float = 0.55) -> np.ndarray:
+    """The image with every pixel that is not background tinted in its class's VOC colour, uint8 (H, W, 3).
+
+    `segmentation` is (H, W) at the image's size, 255 tinted cream; `alpha` in [0, 1] is the colour's share.
+    """
+    segmentation = np.asarray(segmentation)
+    _check_same_size(image, "segmentation", segmentation)
+    tinted = _blend(image, colorize(segmentation, voc_palette()), alpha)
+    return np.where((segmentation > 0)[..., None], tinted, image)
+
+
+def heat_overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """The image under a map in [0, 1] of its size (H, W), from blue (0) to red (1), uint8 (H, W, 3).
+
+    Raises ValueError for another size or values outside [0, 1], nan included.
+    """
+    heat = np.asarray(heat, dtype=np.float32)
+    _check_same_size(image, "map", heat)
+    if not (heat.min() >= -1e-3 and heat.max() <= 1 + 1e-3):  # a comparison with nan is False
+        raise ValueError(f"expected a map in [0, 1], got [{heat.min()}, {heat.max()}]")
+    colours = 255 * matplotlib.colormaps["turbo"](np.clip(heat, 0, 1))[..., :3]
+    return _blend(image, colours, 0.5)
+
+
+def region_panel(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
+    """A binary region (B^l, B^s) over its image: inside tinted in `colour` (RGB), outside dark and grey.
+
+    `mask` is bool (H, W) at the image's size. Returns uint8 (H, W, 3).
+    """
+    mask = np.asarray(mask)
+    _check_same_size(image, "mask", mask)
+    if mask.dtype != np.bool_:
+        raise ValueError(f"expected a bool mask, got {mask.dtype}")
+    grey = np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2)
+    outside = np.rint(0.45 * grey).astype(np.uint8)
+    return np.where(mask[..., None], _blend(image, np.array(colour), 0.5), outside)
+
+
+def _fitted_size(image: np.ndarray) -> tuple[int, int]:
+    """Height and width in pixels of the image in the square cell, aspect kept."""
+    height, width = image.shape[:2]
+    factor = _SIDE / max(height, width)
+    return max(1, round(factor * height)), max(1, round(factor * width))
+
+
+def _fit(image: np.ndarray, cell_height: int) -> np.ndarray:
+    """The image scaled to its fitted size and centred on a white cell (cell_height, side)."""
+    height, width = _fitted_size(image)
+    # Enlarged label maps keep sharp edges; shrunk ones lose no thin part.
+    resample = Image.Resampling.NEAREST if height > image.shape[0] else Image.Resampling.BOX
+    scaled = np.asarray(Image.fromarray(image).resize((width, height), resample))
+    cell = np.full((cell_height, _SIDE, 3), 255, dtype=np.uint8)
+    top, left = (cell_height - height) // 2, (_SIDE - width) // 2
+    cell[top : top + height, left : left + width] = scaled
+    return cell
+
+
+def _check_rows(rows: Sequence[Sequence[Panel]]) -> list[str]:
+    """The column titles, the same in every row."""
+    if not rows or not rows[0]:
+        raise ValueError("expected at least one row with at least one panel, got none")
+    titles = [panel.title for panel in rows[0]]
+    for index, row in enumerate(rows):
+        if [panel.title for panel in row] != titles:
+            raise ValueError(
+                f"every row must have the titles {titles}, row {index} has {[panel.title for panel in row]}"
+            )
+    return titles
+
+
+def _draw_legend(figure: Figure, class_names: Mapping[int, str], columns: int, entry: float) -> None:
+    """Swatches and names, row by row, at the bottom. Lengths in inches."""
+    width, height = figure.get_size_inches()
+    palette = voc_palette() / 255
+    lines = math.ceil(len(class_names) / columns)
+    for index, (value, name) in enumerate(class_names.items()):
+        x = _MARGIN + entry * (index % columns)
+        y = _MARGIN + _LINE * (lines - 1 - index // columns)
+        swatch = Rectangle(
+            (x / width, y / height),
+            0.18 / width,
+            0.11 / height,
+            facecolor=palette[value],
+            edgecolor="black",
+            linewidth=0.5,
+        )
+        figure.add_artist(swatch)
+        figure.text((x + 0.23) / width, (y + 0.055) / height, name, fontsize=8, va="center_baseline")
+
+
+def _draw_row(figure: Figure, row: Sequence[Panel], top: float, cell_height: int) -> None:
+    """One row of panels whose upper edge is `top` inches from the bottom of the figure."""
+    width, height = figure.get_size_inches()
+    for column, panel in enumerate(row):
+        left = _MARGIN + column * (_CELL + _GAP)
+        bottom = top - cell_height / _DPI
+        box = (left / width, bottom / height, _CELL / width, cell_height / _DPI / height)
+        axes = figure.add_axes(box)
+        axes.imshow(_fit(panel.image, cell_height), interpolation="nearest", aspect="auto")
+        axes.set_axis_off()
+
+
+def figure_rows(
+    rows: Sequence[Sequence[Panel]], class_names: Mapping[int, str], path: str | Path, title: str
+) -> None:
+    """Write one PNG at 150 dpi: a row per example, column titles on top, a legend of classes at the bottom.
+
+    All rows have the same panel titles. `class_names` maps segmentation values to names, and the legend shows
+    exactly these in VOC colours. Panels are fitted into squares of one size, aspect kept. Raises ValueError
+    for rows that differ in their titles or for a segmentation value outside 0 to 255.
+    """
+    titles = _check_rows(rows)
+    if any(not 0 <= value <= 255 for value in class_names):
+        raise ValueError(
+            f"class_names must map segmentation values 0 to 255 to names, got {list(class_names)}"
+        )
+    entry = 0.4 + _CHARACTER * max((len(name) for name in class_names.values()), default=0)
+    width = max(2 * _MARGIN + len(titles) * (_CELL + _GAP), 2 * _MARGIN + entry, 4.0)
+    columns = max(1, int((width - 2 * _MARGIN) / entry))
+    legend = 2 * _MARGIN + _LINE * math.ceil(len(class_names) / columns)
+    wrapped = [textwrap.fill(text, _CELL_CHARACTERS) for text in titles]
+    heading = textwrap.fill(title, int((width - 2 * _MARGIN) / 0.1))
+    head = (
+        2 * _MARGIN + 0.2 * (heading.count("\n") + 1) + _LINE * max(text.count("\n") + 1 for text in wrapped)
+    )
+    cell_heights = [max(_fitted_size(panel.image)[0] for panel in row) for row in rows]
+    height = head + sum(cell_heights) / _DPI + len(rows) * _GAP + legend
+
+    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    figure.text(_MARGIN / width, 1 - _MARGIN / height, heading, fontsize=11, weight="bold", va="top")
+    for column, text in enumerate(wrapped):
+        centre = _MARGIN + column * (_CELL + _GAP) + _CELL / 2
+        figure.text(centre / width, 1 - (head - 0.05) / height, text, fontsize=9, ha="center", va="bottom")
+    top = height - head
+    for row, cell_height in zip(rows, cell_heights, strict=True):
+        _draw_row(figure, row, top, cell_height)
+        top -= cell_height / _DPI + _GAP
+    _draw_legend(figure, class_names, columns, entry)
+    figure.savefig(path, dpi=_DPI, format="png")

@@ -1,0 +1,1 @@
+"""What trains the model: recipe, samples, optimisation, trainer."""

@@ -1,0 +1,122 @@
+"""The Hugging Face Trainer with M-SEE's optimisation, step-dependent loss, logging and evaluation."""
+
+from collections import defaultdict
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset
+from transformers import EvalPrediction, Trainer, TrainerCallback
+
+from ..evaluation.confusion import scores
+from ..evaluation.scoring import MAP_NAMES, score_image
+from .arguments import MSEETrainingArguments
+from .samples import EpochSampler
+from .schedule import learning_rate_factor, parameter_groups
+
+
+class MSEETrainer(Trainer):
+    """Trains [`MSEEForWeaklySupervisedSegmentation`] on `TrainingSamples` and scores it on `EvaluationSamples`."""
+
+    args: MSEETrainingArguments
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(
+            *args, data_collator=collate, compute_metrics=StreamingScores(), callbacks=[AveragedHead()], **kwargs
+        )
+        self.term_sums: dict[str, Tensor] = {}
+        self.term_counts: dict[str, int] = defaultdict(int)
+
+    def create_optimizer(self, model=None):
+        """AdamW on two groups, encoder and heads (§5.1)."""
+        model = self.model if model is None else model
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+        groups = parameter_groups(
+            model, self.args.learning_rate, self.args.head_learning_rate_multiplier, self.args.weight_decay
+        )
+        self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """The reference's warm-up and polynomial decay."""
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        self.lr_scheduler = LambdaLR(
+            self.optimizer if optimizer is None else optimizer,
+            lambda step: learning_rate_factor(step, warmup, num_training_steps),
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The model's own loss at the current optimiser step."""
+        outputs = model(**inputs, step=self.state.global_step)
+        self._remember({**outputs.losses, **(outputs.diagnostics or {})})
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _remember(self, terms: dict[str, Tensor]) -> None:
+        """Add up terms until the next log, on the device, so that nothing waits."""
+        for name, value in terms.items():
+            self.term_sums[name] = self.term_sums.get(name, 0.0) + value.detach().float()
+            self.term_counts[name] += 1
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the mean of every term since the last time, over all processes."""
+        if "loss" in logs and self.term_sums:
+            means = torch.stack([total / self.term_counts[name] for name, total in self.term_sums.items()])
+            means = self.accelerator.reduce(means, reduction="mean").tolist()
+            logs = {**logs, **{f"loss_{name}": mean for name, mean in zip(self.term_sums, means, strict=True)}}
+            self.term_sums, self.term_counts = {}, defaultdict(int)
+        super().log(logs, start_time)
+
+    @torch.no_grad()
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Confusion matrices (B, 3, K, K) of a batch; images may differ in size, so they are scored one by one."""
+        inputs = self._prepare_inputs(inputs)
+        unwrapped = self.accelerator.unwrap_model(model)
+        matrices = []
+        with self.compute_loss_context_manager():
+            for index, pixel_values in enumerate(inputs["pixel_values"]):
+                target, labels = inputs["segmentation_map"][index], inputs["labels"][index][None]
+                matrices.append(score_image(unwrapped, pixel_values[None], labels, target).matrices)
+        stacked = torch.from_numpy(np.stack(matrices)).to(self.args.device)
+        return None, stacked, inputs["labels"]
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
+        train_dataset = self.train_dataset if train_dataset is None else train_dataset
+        return EpochSampler(len(train_dataset), self.args.seed)
+
+
+class AveragedHead(TrainerCallback):
+    """Moves the averaged projection head after every optimiser step."""
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        model.update_averaged_projection()
+
+
+class StreamingScores:
+    """Adds up confusion matrices batch by batch and gives the mean IoUs at the end."""
+
+    def __init__(self):
+        self.total: Tensor | None = None
+
+    def __call__(self, batch: EvalPrediction, compute_result: bool) -> dict[str, float]:
+        matrices = batch.predictions.sum(dim=0)
+        self.total = matrices if self.total is None else self.total + matrices
+        if not compute_result:
+            return {}
+        total, self.total = self.total.cpu().numpy(), None
+        metrics = {}
+        for name, matrix in zip(MAP_NAMES, total, strict=True):
+            key, result = name.lower().replace(" ", "_"), scores(matrix)
+            metrics[f"{key}_miou"] = result["mean_iou"]
+            metrics[f"{key}_pixel_accuracy"] = result["pixel_accuracy"]
+        metrics["pixels"] = result["pixels"]
+        return metrics
+
+
+def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor | list[Tensor]]:
+    """Stack what has one shape; images and label maps of an evaluation batch stay lists."""
+    uneven = {"pixel_values", "segmentation_map"} if "segmentation_map" in samples[0] else set()
+    columns = {name: [sample[name] for sample in samples] for name in samples[0]}
+    return {name: values if name in uneven else torch.stack(values) for name, values in columns.items()}

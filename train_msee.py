@@ -1,0 +1,135 @@
+"""Train M-SEE from image-level labels.
+
+    python train_msee.py configuration/demo.yaml
+    python train_msee.py configuration/tags.yaml --dataset outputs/my-photos --max_steps 400
+    accelerate launch --num_processes 4 train_msee.py configuration/voc.yaml
+
+Every field of a recipe can be overridden as `--field value`; `--help` lists all of them. A run that was stopped goes on from
+the last checkpoint in its `output_dir` when started again.
+"""
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import yaml
+from transformers.trainer_utils import get_last_checkpoint
+
+from modeling_msee import MSEEConfig, MSEEForWeaklySupervisedSegmentation, MSEEImageProcessor
+from modeling_msee.data.contract import class_names, load_split, without_bad_images
+from modeling_msee.evaluation.evaluate import PROTOCOL, evaluate
+from modeling_msee.evaluation.samples import EvaluationSamples
+from modeling_msee.evaluation.tables import format_table, write_metrics
+from modeling_msee.training.arguments import (
+    DataArguments,
+    ModelArguments,
+    MSEETrainingArguments,
+    Recipe,
+    method_fields,
+    parse_recipe,
+)
+from modeling_msee.training.augmentation import TrainingAugmentation
+from modeling_msee.training.samples import TrainingSamples
+from modeling_msee.training.trainer import MSEETrainer
+
+
+def main(arguments: list[str]) -> None:
+    recipe = parse_recipe(arguments)
+    training = recipe.training
+    dataset = load_split(recipe.data.dataset, recipe.data.train_split)
+    if recipe.data.skip_bad_images:
+        dataset, messages = without_bad_images(dataset)
+        print("\n".join([*messages, f"Skipped {len(messages)} images that cannot be read."]))
+    model = build_model(recipe, class_names(dataset))
+    processor = build_processor(recipe.data, model.config)
+    augmentation = TrainingAugmentation(
+        crop_size=recipe.data.crop_size,
+        rescale=(recipe.data.rescale_min, recipe.data.rescale_max),
+        local_crop_count=model.config.local_crop_count,
+        mean=model.config.image_mean,
+        std=model.config.image_std,
+    )
+    samples = None
+    if recipe.data.eval_split != "none":
+        samples = EvaluationSamples(load_split(recipe.data.dataset, recipe.data.eval_split), processor)
+    trainer = MSEETrainer(
+        model=model,
+        args=training,
+        train_dataset=TrainingSamples(dataset, augmentation, training.seed),
+        eval_dataset=samples,
+        processing_class=processor,
+    )
+    write_recipe(recipe, trainer)
+    checkpoint = training.resume_from_checkpoint or get_last_checkpoint(training.output_dir)
+    if checkpoint:
+        print(f"Going on from {checkpoint}")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    if samples is not None:
+        report(trainer, samples)
+    if training.push_to_hub:
+        trainer.push_to_hub()
+
+
+def build_model(recipe: Recipe, names: list[str]) -> MSEEForWeaklySupervisedSegmentation:
+    """The model of a recipe for the given class names, background first."""
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    if recipe.model.model is not None:
+        config = MSEEConfig.from_pretrained(recipe.model.model, **recipe.config_fields)
+        if list(config.id2label.values()) != names:
+            raise ValueError(
+                f"{recipe.model.model} was trained for {config.num_labels} labels ({', '.join(config.id2label.values())}), "
+                f"the data set has {len(names)} ({', '.join(names)}). Start from a backbone instead."
+            )
+        model = MSEEForWeaklySupervisedSegmentation.from_pretrained(recipe.model.model, config=config)
+    elif recipe.model.backbone is not None:
+        model = MSEEForWeaklySupervisedSegmentation.from_backbone(
+            recipe.model.backbone, **recipe.config_fields, **labels
+        )
+    else:
+        model = MSEEForWeaklySupervisedSegmentation(MSEEConfig(**recipe.config_fields, **labels))
+    model.freeze_backbone_layers(recipe.model.frozen_backbone_layers)
+    return model
+
+
+def build_processor(data: DataArguments, config: MSEEConfig) -> MSEEImageProcessor:
+    """The image processor that evaluation and inference use."""
+    size = None if data.eval_size is None else {"shortest_edge": data.eval_size}
+    return MSEEImageProcessor(
+        patch_size=config.patch_size, size=size, image_mean=list(config.image_mean), image_std=list(config.image_std)
+    )
+
+
+def write_recipe(recipe: Recipe, trainer: MSEETrainer) -> None:
+    """Keep what was run beside its results."""
+    if trainer.is_world_process_zero():
+        output = Path(trainer.args.output_dir)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "recipe.yaml").write_text(yaml.safe_dump(recipe.values, sort_keys=False), encoding="utf-8")
+
+
+def report(trainer: MSEETrainer, samples: EvaluationSamples) -> None:
+    """Score the trained model and print and write the table."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    results = evaluate(model, samples, crf=trainer.args.crf)
+    if trainer.is_world_process_zero():
+        names = list(model.config.id2label.values())
+        write_metrics(Path(trainer.args.output_dir) / "metrics.json", results, names, PROTOCOL)
+        print(format_table(results, names, PROTOCOL))
+
+
+def usage() -> str:
+    """The head of this file and every field of a recipe."""
+    lines = [str(__doc__)]
+    for cls in (DataArguments, ModelArguments, MSEETrainingArguments):
+        lines.append(f"{cls.__name__}: {', '.join(item.name for item in fields(cls) if item.init)}\n")
+    lines.append(f"{MSEEConfig.__name__}: {', '.join(method_fields())}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or "--help" in sys.argv or "-h" in sys.argv:
+        print(usage())
+    else:
+        main(sys.argv[1:])
