@@ -5,7 +5,7 @@
     accelerate launch --num_processes 4 train_msee.py configuration/voc.yaml
 
 Every field of a recipe can be overridden as `--field value`; `--help` lists all of them. A run that was stopped goes on from
-the last checkpoint in its `output_dir` when started again.
+the last checkpoint in its `output_dir` when started again; `--resume_from_checkpoint false` starts anew.
 """
 
 import sys
@@ -13,10 +13,11 @@ from dataclasses import fields
 from pathlib import Path
 
 import yaml
-from transformers.trainer_utils import get_last_checkpoint
+from datasets import Dataset
+from transformers import set_seed
 
 from modeling_msee import MSEEConfig, MSEEForWeaklySupervisedSegmentation, MSEEImageProcessor
-from modeling_msee.data.contract import class_names, load_split, without_bad_images
+from modeling_msee.data.contract import check_class_names, class_names, load_split, without_bad_images
 from modeling_msee.evaluation.evaluate import PROTOCOL, evaluate
 from modeling_msee.evaluation.samples import EvaluationSamples
 from modeling_msee.evaluation.tables import format_table, write_metrics
@@ -36,10 +37,8 @@ from modeling_msee.training.trainer import MSEETrainer
 def main(arguments: list[str]) -> None:
     recipe = parse_recipe(arguments)
     training = recipe.training
-    dataset = load_split(recipe.data.dataset, recipe.data.train_split)
-    if recipe.data.skip_bad_images:
-        dataset, messages = without_bad_images(dataset)
-        print("\n".join([*messages, f"Skipped {len(messages)} images that cannot be read."]))
+    set_seed(training.seed)  # before the heads are drawn
+    dataset = load_data(recipe.data, recipe.data.train_split, ["image"])
     model = build_model(recipe, class_names(dataset))
     processor = build_processor(recipe.data, model.config)
     augmentation = TrainingAugmentation(
@@ -51,7 +50,9 @@ def main(arguments: list[str]) -> None:
     )
     samples = None
     if recipe.data.eval_split != "none":
-        samples = EvaluationSamples(load_split(recipe.data.dataset, recipe.data.eval_split), processor)
+        scored = load_data(recipe.data, recipe.data.eval_split, ["image", "segmentation_map"])
+        check_class_names(scored, class_names(dataset), f"split {recipe.data.train_split!r}")
+        samples = EvaluationSamples(scored, processor)
     trainer = MSEETrainer(
         model=model,
         args=training,
@@ -60,10 +61,14 @@ def main(arguments: list[str]) -> None:
         processing_class=processor,
     )
     write_recipe(recipe, trainer)
-    checkpoint = training.resume_from_checkpoint or get_last_checkpoint(training.output_dir)
+    given = training.resume_from_checkpoint
+    checkpoint = training.last_checkpoint() if given is None else given
     if checkpoint:
         print(f"Going on from {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.state.global_step < trainer.state.max_steps:
+        print(f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}.")
+        return
     trainer.save_model()
     trainer.save_state()
     if samples is not None:
@@ -72,9 +77,21 @@ def main(arguments: list[str]) -> None:
         trainer.push_to_hub()
 
 
+def load_data(data: DataArguments, split: str, columns: list[str]) -> Dataset:
+    """One split; with `skip_bad_images` without the samples that have a broken file in one of the columns."""
+    dataset = load_split(data.dataset, split)
+    if data.skip_bad_images:
+        dataset, messages = without_bad_images(dataset, columns)
+        print("\n".join([*messages, f"{split}: skipped {len(messages)} images that cannot be read."]))
+    return dataset
+
+
 def build_model(recipe: Recipe, names: list[str]) -> MSEEForWeaklySupervisedSegmentation:
     """The model of a recipe for the given class names, background first."""
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    labels = {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
     if recipe.model.model is not None:
         config = MSEEConfig.from_pretrained(recipe.model.model, **recipe.config_fields)
         if list(config.id2label.values()) != names:
@@ -97,7 +114,10 @@ def build_processor(data: DataArguments, config: MSEEConfig) -> MSEEImageProcess
     """The image processor that evaluation and inference use."""
     size = None if data.eval_size is None else {"shortest_edge": data.eval_size}
     return MSEEImageProcessor(
-        patch_size=config.patch_size, size=size, image_mean=list(config.image_mean), image_std=list(config.image_std)
+        patch_size=config.patch_size,
+        size=size,
+        image_mean=list(config.image_mean),
+        image_std=list(config.image_std),
     )
 
 

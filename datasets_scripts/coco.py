@@ -36,6 +36,7 @@ from .common import (
     write_dataset,
 )
 
+
 SPLITS = ("train", "val")
 NO_ANNOTATION = "no annotation"
 
@@ -77,15 +78,11 @@ def _load_json(path: Path, with_regions: bool) -> Record:
 def _require(records: Any, keys: Sequence[str], source: str) -> list[Record]:
     """`records` if it is a list of objects that all have `keys`; else ValueError."""
     if not isinstance(records, list):
-        raise ValueError(
-            f"{source}: expected a list, got {type(records).__name__}; use an instances_*.json file"
-        )
+        raise ValueError(f"{source}: expected a list, got {type(records).__name__}; use an instances_*.json file")
     for index, record in enumerate(records):
         missing = [key for key in keys if key not in record]
         if missing:
-            raise ValueError(
-                f"{source}[{index}]: expected the keys {', '.join(keys)}; missing: {', '.join(missing)}"
-            )
+            raise ValueError(f"{source}[{index}]: expected the keys {', '.join(keys)}; missing: {', '.join(missing)}")
     return records
 
 
@@ -120,9 +117,7 @@ def read_instances(root: Path, split: str, with_regions: bool = True) -> Instanc
 # --- Masks ----------------------------------------------------------------------------------------
 
 
-def _region(
-    annotation: Record, height: int, width: int, source: object
-) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def _region(annotation: Record, height: int, width: int, source: object) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """(H, W) pixels of an annotation, from polygons or from run lengths."""
     segmentation = annotation["segmentation"]
     try:
@@ -214,18 +209,14 @@ def build(
     names = parts[0][1].class_names
     for _, instances in parts[1:]:
         if instances.class_names != names:
-            raise ValueError(
-                f"{instances.source}: expected the classes of {parts[0][1].source}, got other ones"
-            )
+            raise ValueError(f"{instances.source}: expected the classes of {parts[0][1].source}, got other ones")
     return write_dataset(output, names, [split for split, _ in parts], overwrite)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = command_parser(__doc__, "coco")
-    parser.add_argument(
-        "--root", type=Path, required=True, help="folder of train2014, val2014 and annotations"
-    )
+    parser.add_argument("--root", type=Path, required=True, help="folder of train2014, val2014 and annotations")
     parser.add_argument("--splits", nargs="+", default=list(SPLITS), choices=SPLITS)
     arguments = parser.parse_args(argv)
     return run_command(lambda: build(**vars(arguments)))

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 from tqdm import tqdm
 
+
 BACKGROUND = 0
 IGNORE_INDEX = 255
 MAX_CLASSES = 254  # a mask is one byte a pixel: 0 is background, 255 is ignored
@@ -224,9 +225,7 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{output} is a file; expected a folder to write to: choose another --output")
     names = {entry.name for entry in output.iterdir()} if output.is_dir() else set()
     if names and not overwrite:
-        raise FileExistsError(
-            f"{output} exists and is not empty: choose another --output or pass --overwrite"
-        )
+        raise FileExistsError(f"{output} exists and is not empty: choose another --output or pass --overwrite")
     if names and not names <= {"data", "README.md"}:
         foreign = ", ".join(sorted(names - {"data", "README.md"})[:3])
         raise FileExistsError(
@@ -246,12 +245,8 @@ def write_dataset(
     names = check_class_names(class_names, "class names")
     splits = list(splits)
     split_names = [split.name for split in splits]
-    if len(set(split_names)) < len(split_names) or not all(
-        re.fullmatch(r"\w+", name) for name in split_names
-    ):
-        raise ValueError(
-            f"expected different split names of letters, digits and _, got {', '.join(split_names)}"
-        )
+    if len(set(split_names)) < len(split_names) or not all(re.fullmatch(r"\w+", name) for name in split_names):
+        raise ValueError(f"expected different split names of letters, digits and _, got {', '.join(split_names)}")
     check_output(output, overwrite)
     with _staging_folder(output) as staging:
         (staging / "data").mkdir()
@@ -293,9 +288,7 @@ def _write_split(folder: Path, class_names: tuple[str, ...], split: Split) -> Sp
     seen: set[str] = set()
     unlabelled = 0
     with _ShardWriter(folder, split.name, features) as writer:
-        for example in tqdm(
-            split.examples, desc=split.name, total=split.total, unit="image", mininterval=0.5
-        ):
+        for example in tqdm(split.examples, desc=split.name, total=split.total, unit="image", mininterval=0.5):
             if example.image_id in seen:
                 raise ValueError(
                     f"split {split.name}: image_id {example.image_id!r} occurs twice; remove one of the two"
@@ -355,9 +348,7 @@ class _ShardWriter:
         if self._writer is None:
             self._shards.append(self._folder / f"{self._split}.{len(self._shards)}.partial")
             self._writer = pq.ParquetWriter(self._shards[-1], schema)
-        self._writer.write_table(
-            pa.Table.from_pydict({name: columns[name] for name in schema.names}, schema=schema)
-        )
+        self._writer.write_table(pa.Table.from_pydict({name: columns[name] for name in schema.names}, schema=schema))
         self._shard_bytes += self._row_bytes
         self._rows, self._row_bytes = [], 0
 
@@ -383,9 +374,7 @@ def _readme(title: str, class_names: tuple[str, ...], splits: Sequence[SplitSumm
         configs=[
             {
                 "config_name": "default",
-                "data_files": [
-                    {"split": split.name, "path": f"data/{split.name}-*.parquet"} for split in splits
-                ],
+                "data_files": [{"split": split.name, "path": f"data/{split.name}-*.parquet"} for split in splits],
             }
         ],
     )
@@ -429,9 +418,7 @@ def command_parser(description: str | None, module: str) -> argparse.ArgumentPar
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder to write; appears when all is written"
-    )
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; appears when all is written")
     parser.add_argument("--with-masks", action="store_true", help="put masks in training splits too")
     parser.add_argument("--overwrite", action="store_true", help="replace a data set written before")
     return parser

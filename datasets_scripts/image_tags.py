@@ -41,6 +41,7 @@ from .common import (
     write_dataset,
 )
 
+
 METADATA = ("metadata.jsonl", "metadata.csv")
 EVALUATION_SPLITS = ("validation", "test")
 BACKGROUND_NAME = "background"
@@ -102,18 +103,12 @@ def _encode(tags: Iterable[str], class_names: Sequence[str], source: object) -> 
 def _split_folders(root: Path) -> dict[str, Path]:
     """Split name to folder: `root` itself as train if it has a metadata file, else its subfolders."""
     if not root.is_dir():
-        raise FileNotFoundError(
-            f"{root} is no folder; point --root at the photographs and their metadata.jsonl"
-        )
+        raise FileNotFoundError(f"{root} is no folder; point --root at the photographs and their metadata.jsonl")
     if any((root / name).is_file() for name in METADATA):
         return {"train": root}
-    folders = {
-        path.name: path for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] not in "._"
-    }
+    folders = {path.name: path for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] not in "._"}
     if not folders:
-        raise FileNotFoundError(
-            f"{root} has no metadata.jsonl or metadata.csv and no split folders; add the tags"
-        )
+        raise FileNotFoundError(f"{root} has no metadata.jsonl or metadata.csv and no split folders; add the tags")
     order = {"train": 0, "validation": 1, "test": 2}
     return dict(sorted(folders.items(), key=lambda item: order.get(item[0], len(order))))
 
@@ -123,13 +118,9 @@ def read_metadata(folder: Path, separator: str = ";") -> list[TaggedImage]:
     found = [folder / name for name in METADATA if (folder / name).is_file()]
     if len(found) != 1:
         names = " and ".join(path.name for path in found) or "neither"
-        raise FileNotFoundError(
-            f"{folder}: expected one of {' or '.join(METADATA)}, got {names}; keep exactly one"
-        )
+        raise FileNotFoundError(f"{folder}: expected one of {' or '.join(METADATA)}, got {names}; keep exactly one")
     text = _read_text(found[0])
-    rows = (
-        _jsonl_rows(text, found[0]) if found[0].suffix == ".jsonl" else _csv_rows(text, found[0], separator)
-    )
+    rows = _jsonl_rows(text, found[0]) if found[0].suffix == ".jsonl" else _csv_rows(text, found[0], separator)
     return [_tagged_image(folder, *row) for row in rows]
 
 
@@ -151,9 +142,7 @@ def _jsonl_rows(text: str, path: Path) -> Iterator[tuple[Any, Any, str]]:
         except ValueError as error:
             raise ValueError(f"{source}: expected one JSON object a line ({error})") from error
         if not isinstance(row, dict) or not {"file_name", "labels"} <= row.keys():
-            raise ValueError(
-                f'{source}: expected {{"file_name": ..., "labels": [...]}}, got {line.strip()[:80]}'
-            )
+            raise ValueError(f'{source}: expected {{"file_name": ..., "labels": [...]}}, got {line.strip()[:80]}')
         yield row["file_name"], row["labels"], source
 
 
@@ -217,12 +206,8 @@ def _folder_split(
     stems = Counter(row.path.stem for row in rows)
     shared = [stem for stem, count in stems.items() if count > 1]
     if with_mask and shared:
-        raise ValueError(
-            f"{folder}: {shared[0]!r} names more than one image, so masks/{shared[0]}.png is ambiguous"
-        )
-    return Split(
-        name, (_folder_example(row, folder, class_names, with_mask) for row in rows), len(rows), with_mask
-    )
+        raise ValueError(f"{folder}: {shared[0]!r} names more than one image, so masks/{shared[0]}.png is ambiguous")
+    return Split(name, (_folder_example(row, folder, class_names, with_mask) for row in rows), len(rows), with_mask)
 
 
 # --- Data sets ------------------------------------------------------------------------------------
@@ -274,16 +259,10 @@ def _cell_bytes(cell: Any, source: str) -> bytes:
     """The encoded file in an undecoded Image cell."""
     if cell is None:
         raise ValueError(f"{source} is empty; remove the row or add the file")
-    return (
-        bytes(cell["bytes"])
-        if cell["bytes"] is not None
-        else read_file(Path(cell["path"]), f"{source} names it")
-    )
+    return bytes(cell["bytes"]) if cell["bytes"] is not None else read_file(Path(cell["path"]), f"{source} names it")
 
 
-def _dataset_rows(
-    name: str, dataset: Dataset, class_names: Sequence[str], with_mask: bool
-) -> Iterator[Example]:
+def _dataset_rows(name: str, dataset: Dataset, class_names: Sequence[str], with_mask: bool) -> Iterator[Example]:
     feature = _label_feature(dataset, f"split {name}")
     wanted = {"image_id", "image", "labels"} | ({"segmentation_map"} if with_mask else set())
     dataset = dataset.select_columns([column for column in dataset.column_names if column in wanted])
@@ -360,8 +339,7 @@ def build_from_dataset(
     opened = open_dataset(dataset) if isinstance(dataset, str) else dataset
     names = _dataset_names(opened, classes, source)
     splits = [
-        _dataset_split(name, part, names, with_masks or name in evaluation_splits)
-        for name, part in opened.items()
+        _dataset_split(name, part, names, with_masks or name in evaluation_splits) for name, part in opened.items()
     ]
     return write_dataset(output, names, splits, overwrite)
 
@@ -374,13 +352,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--root", type=Path, help="folder with metadata.jsonl or .csv, or with one such folder a split"
     )
     source.add_argument("--dataset", help="data set with image and labels columns: a folder or a Hub name")
-    parser.add_argument(
-        "--classes", nargs="+", help="class names in order (default: classes.json, else all tags)"
-    )
+    parser.add_argument("--classes", nargs="+", help="class names in order (default: classes.json, else all tags)")
     parser.add_argument("--separator", default=";", help="between the labels of metadata.csv (default: ;)")
-    parser.add_argument(
-        "--evaluation-splits", nargs="*", default=list(EVALUATION_SPLITS), help="splits with masks"
-    )
+    parser.add_argument("--evaluation-splits", nargs="*", default=list(EVALUATION_SPLITS), help="splits with masks")
     arguments = vars(parser.parse_args(argv))
     root, dataset, separator = (arguments.pop(name) for name in ("root", "dataset", "separator"))
     if root is not None:

@@ -30,6 +30,7 @@ from .common import (
     write_dataset,
 )
 
+
 Array = NDArray[np.float64]
 Box = tuple[float, float, float, float]
 Pattern = Callable[[Array, Array], NDArray[np.bool_]]
@@ -235,9 +236,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> Array:
     angle = rng.uniform(0, 2 * np.pi)
     ramp = np.clip(0.5 + (x - 0.5) * np.cos(angle) + (y - 0.5) * np.sin(angle), 0, 1)[..., None]
     picture = (1 - ramp) * _random_colour(rng) + ramp * _random_colour(rng)
-    picture += (
-        0.05 * _smooth(rng, height, width, 4)[..., None] + 0.04 * _smooth(rng, height, width, 12)[..., None]
-    )
+    picture += 0.05 * _smooth(rng, height, width, 4)[..., None] + 0.04 * _smooth(rng, height, width, 12)[..., None]
     canvas = PILImage.new("L", (width, height), 0)
     for _ in range(rng.integers(2, 6)):
         canvas.paste(0, (0, 0, width, height))
@@ -276,16 +275,11 @@ def _average(fine: Array, height: int, width: int) -> Array:
     return fine.reshape(height, SUPERSAMPLING, width, SUPERSAMPLING, *fine.shape[2:]).mean(axis=(1, 3))
 
 
-def _draw_object(
-    rng: np.random.Generator, picture: Array, placed: Placed, line_width: float
-) -> NDArray[np.bool_]:
+def _draw_object(rng: np.random.Generator, picture: Array, placed: Placed, line_width: float) -> NDArray[np.bool_]:
     """Draw onto the (H, W, 3) picture in place; returns the (H, W) pixels that are at least half covered."""
     height, width = picture.shape[:2]
     body = _coverage([placed.to_pixels(points) for points in placed.shape.body], height, width)
-    thin = (
-        _coverage([placed.to_pixels(points) for points in placed.shape.thin], height, width, line_width)
-        & ~body
-    )
+    thin = _coverage([placed.to_pixels(points) for points in placed.shape.thin], height, width, line_width) & ~body
     y, x = (np.mgrid[0 : body.shape[0], 0 : body.shape[1]] + 0.5) / SUPERSAMPLING
     tones = _random_tones(rng)
     covered = _average((body | thin).astype(np.float64), height, width)
@@ -316,9 +310,7 @@ def draw_scene(rng: np.random.Generator, height: int, width: int) -> tuple[NDArr
 # --- Data set -------------------------------------------------------------------------------------
 
 
-def examples(
-    split: str, count: int, size: int = 96, seed: int = 0, with_masks: bool = False
-) -> Iterator[Example]:
+def examples(split: str, count: int, size: int = 96, seed: int = 0, with_masks: bool = False) -> Iterator[Example]:
     """`count` scenes, made one at a time. Training scenes are square; validation sides vary by up to 15 %."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
@@ -342,13 +334,9 @@ def build(
 ) -> Summary:
     """Write `train` and `validation` scenes of about `size` pixels; training masks only if `with_masks`."""
     if train < 1 or validation < 1:
-        raise ValueError(
-            f"expected at least one scene a split, got train={train} and validation={validation}"
-        )
+        raise ValueError(f"expected at least one scene a split, got train={train} and validation={validation}")
     if size < 32:
-        raise ValueError(
-            f"expected a size of at least 32 pixels (smaller scenes lose the thin parts), got {size}"
-        )
+        raise ValueError(f"expected a size of at least 32 pixels (smaller scenes lose the thin parts), got {size}")
     if seed < 0:
         raise ValueError(f"expected a seed of 0 or more, got {seed}")
     check_output(Path(output), overwrite)

@@ -39,6 +39,7 @@ from .common import (
     write_dataset,
 )
 
+
 CLASS_NAMES: tuple[str, ...] = (
     "aeroplane",
     "bicycle",
@@ -106,9 +107,7 @@ class TarFiles:
                 continue
             inside = relative_path(member.name, path)
             if not (member.isfile() or member.isdir()):
-                raise ValueError(
-                    f"{path}: member {member.name!r} is a link or device; use the official archive"
-                )
+                raise ValueError(f"{path}: member {member.name!r} is a link or device; use the official archive")
             if "VOC2012" in inside.parts and member.isfile():
                 start = inside.parts.index("VOC2012") + 1
                 self._members[str(PurePosixPath(*inside.parts[start:]))] = member
@@ -138,9 +137,7 @@ def open_files(root: Path) -> Iterator[Files]:
             with tarfile.open(root, "r:") as archive:
                 yield TarFiles(root, archive)
         except tarfile.TarError as error:
-            raise ValueError(
-                f"{root}: expected a complete, uncompressed tar ({error}); download it again"
-            ) from error
+            raise ValueError(f"{root}: expected a complete, uncompressed tar ({error}); download it again") from error
         return
     candidates = (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012")
     for folder in candidates:
@@ -158,9 +155,7 @@ def _sbd_folder(sbd: Path) -> Path:
     for folder in candidates:
         if (folder / "cls").is_dir():
             return folder
-    raise FileNotFoundError(
-        f"{sbd} is no SBD folder: expected cls in one of {', '.join(map(str, candidates))}"
-    )
+    raise FileNotFoundError(f"{sbd} is no SBD folder: expected cls in one of {', '.join(map(str, candidates))}")
 
 
 # --- Lists ----------------------------------------------------------------------------------------
@@ -214,9 +209,7 @@ def read_split(files: Files, split: str, sbd: Path | None = None) -> list[Entry]
         remedy = "add the list (one image name a line)"
         if split == "train_aug":
             remedy += ", rename trainaug.txt to it, or give SBD with --sbd"
-        entries = _parse_list(
-            files.read(path, f"{remedy}, or leave {split} out of --splits"), files.name(path)
-        )
+        entries = _parse_list(files.read(path, f"{remedy}, or leave {split} out of --splits"), files.name(path))
     for entry in entries:
         if not files.exists(entry.image):
             raise FileNotFoundError(
@@ -280,17 +273,13 @@ def _example(files: Files, entry: Entry, split: str, keep_mask: bool, sbd: Path 
     annotation = f"Annotations/{entry.image_id}.xml"
     looked_in = f"{', '.join(MASK_FOLDERS)}{'' if sbd is None else f', {sbd}/cls'}"
     if keep_mask:
-        raise FileNotFoundError(
-            f"{source}: image without mask (looked in {looked_in}); add the mask or give --sbd"
-        )
+        raise FileNotFoundError(f"{source}: image without mask (looked in {looked_in}); add the mask or give --sbd")
     if not files.exists(annotation):
         raise FileNotFoundError(
             f"{source}: image without mask (looked in {looked_in}) and without {files.name(annotation)}, "
             "so its labels are unknown; add one of them or give --sbd"
         )
-    return Example(
-        entry.image_id, image, xml_labels(files.read(annotation, "add it"), files.name(annotation))
-    )
+    return Example(entry.image_id, image, xml_labels(files.read(annotation, "add it"), files.name(annotation)))
 
 
 # --- Data set -------------------------------------------------------------------------------------
@@ -328,9 +317,7 @@ def build(
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = command_parser(__doc__, "voc")
-    parser.add_argument(
-        "--root", type=Path, required=True, help="VOCdevkit, VOCdevkit/VOC2012 or the official tar"
-    )
+    parser.add_argument("--root", type=Path, required=True, help="VOCdevkit, VOCdevkit/VOC2012 or the official tar")
     parser.add_argument("--splits", nargs="+", default=["train_aug", "val"], choices=SPLITS)
     parser.add_argument("--sbd", type=Path, help="SBD folder (with cls/*.mat) for the masks of train_aug")
     arguments = parser.parse_args(argv)

@@ -3,8 +3,9 @@
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation
 
 from .configuration_msee import MSEEConfig
+from .encoder_msee import MSEEPreTrainedModel
 from .image_processing_msee import MSEEImageProcessor
-from .modeling_msee import MSEEForWeaklySupervisedSegmentation, MSEEOutput, MSEEPreTrainedModel
+from .modeling_msee import MSEEForWeaklySupervisedSegmentation, MSEEOutput
 
 
 __version__ = "0.1.0"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from .data.contract import load_split
+from .data.contract import check_class_names, load_split
 from .evaluation.evaluate import PROTOCOL, evaluate
 from .evaluation.samples import EvaluationSamples
 from .evaluation.tables import format_table, write_metrics
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -42,7 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     scoring.add_argument("--output", type=Path, help="JSON file for the results")
     scoring.set_defaults(run=_evaluate)
 
-    drawing = commands.add_parser("figures", parents=[shared], help="draw image, CAMs, regions, labels and result in rows")
+    drawing = commands.add_parser(
+        "figures", parents=[shared], help="draw image, CAMs, regions, labels and result in rows"
+    )
     drawing.add_argument("--count", type=int, default=8, help="number of images (default: %(default)s)")
     drawing.add_argument("--output", type=Path, required=True, help="folder for the pictures")
     drawing.set_defaults(run=_figures)
@@ -50,9 +52,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load(arguments: argparse.Namespace) -> tuple[MSEEForWeaklySupervisedSegmentation, EvaluationSamples]:
-    model = MSEEForWeaklySupervisedSegmentation.from_pretrained(arguments.model).eval()
-    processor = MSEEImageProcessor.from_pretrained(arguments.model)
-    return model, EvaluationSamples(load_split(arguments.data, arguments.split), processor)
+    try:
+        model = MSEEForWeaklySupervisedSegmentation.from_pretrained(arguments.model).eval()
+        processor = MSEEImageProcessor.from_pretrained(arguments.model)
+    except OSError as error:
+        if Path(arguments.model).is_dir():
+            raise
+        raise FileNotFoundError(
+            f"{arguments.model}: expected a checkpoint folder or a Hub repository. "
+            f"There is no such folder here, and as a Hub repository: {error}"
+        ) from error
+    dataset = load_split(arguments.data, arguments.split)
+    check_class_names(dataset, list(model.config.id2label.values()), arguments.model)
+    return model, EvaluationSamples(dataset, processor)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

@@ -156,8 +156,10 @@ class MSEEConfig(PreTrainedConfig):
     def validate_labels(self):
         """There is a background and at least one class."""
         if self.num_labels < 2:
+            raise ValueError(f"num_labels: expected at least 2 (background and one class), got {self.num_labels}.")
+        if self.num_labels > 255:
             raise ValueError(
-                f"num_labels: expected at least 2 (background and one class), got {self.num_labels}."
+                f"num_labels: expected at most 255 (a label map marks ignored pixels with 255), got {self.num_labels}."
             )
 
     def validate_ranges(self):
@@ -166,9 +168,7 @@ class MSEEConfig(PreTrainedConfig):
             self._expect(name, getattr(self, name) > 0, "a number above 0")
         for name in ("background_threshold", "high_threshold", "low_threshold", "projection_momentum"):
             self._expect(name, 0 <= getattr(self, name) <= 1, "a number in [0, 1]")
-        self._expect(
-            "low_threshold", self.low_threshold <= self.high_threshold, "at most high_threshold"
-        )
+        self._expect("low_threshold", self.low_threshold <= self.high_threshold, "at most high_threshold")
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name.endswith(("_weight", "_start_step")):
@@ -179,6 +179,9 @@ class MSEEConfig(PreTrainedConfig):
                 self._expect(field.name, all(item > 0 for item in value), "numbers above 0")
             if field.name in ("image_mean", "image_std"):
                 self._expect(field.name, len(value) == 3, "three numbers, one per colour channel")
+        for name in ("activation_scale_factors", "refinement_dilations"):
+            self._expect(name, len(getattr(self, name)) > 0, "at least one number")
+        self._expect("refinement_iterations", self.refinement_iterations >= 0, "an integer of at least 0")
         self._expect("scale_factors", 1.0 not in self.scale_factors, "factors other than 1.0, the student's own scale")
         self._expect("scale_factors", len(set(self.scale_factors)) == len(self.scale_factors), "no factor twice")
 

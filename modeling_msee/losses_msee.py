@@ -13,9 +13,7 @@ from .activation_msee import IGNORE_INDEX, box_mask
 from .refinement_msee import bilateral_filter
 
 
-def feature_distillation_loss(
-    student: Tensor, teacher: Tensor, beta: float = 2.0, distance: str = "vector"
-) -> Tensor:
+def feature_distillation_loss(student: Tensor, teacher: Tensor, beta: float = 2.0, distance: str = "vector") -> Tensor:
     """Smooth l1 distance of features per position, Eq. 5 and 6.
 
     Args:

@@ -131,8 +131,8 @@ def bilateral_filter(image: Tensor, values: Tensor, sigma_rgb: float, sigma_xy: 
     """Sum of the values of all pixels, weighted with a Gaussian of the distance in colour and place.
 
     out(p) = Σ_q exp(-|rgb_p - rgb_q|² / 2σ_rgb² - |xy_p - xy_q|² / 2σ_xy²) values(q), on a five-dimensional grid (splat,
-    blur, slice) in time linear in the number of pixels. On photographs the result is within 5 % of the exact sum in total
-    and above 0.997 in cosine.
+    blur, slice) in time linear in the number of pixels. On photographs and flat colours the result is within 5 % of the
+    exact sum in total and above 0.999 in cosine.
 
     Args:
         image: (B, 3, H, W), in units of sigma_rgb.
@@ -141,7 +141,8 @@ def bilateral_filter(image: Tensor, values: Tensor, sigma_rgb: float, sigma_xy: 
     Returns:
         (B, C, H, W), without gradient.
     """
-    with torch.no_grad():
+    # In float32: mixed precision would run the blur, a matrix product, in half.
+    with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
         cells, weights, shape = _grid_coordinates(image.float(), sigma_rgb, sigma_xy)
         rows = values.float().permute(0, 2, 3, 1).flatten(0, 2)  # (BHW, C)
         grid = rows.new_zeros(math.prod(shape), rows.shape[1])
@@ -165,9 +166,15 @@ def _grid_coordinates(image: Tensor, sigma_rgb: float, sigma_xy: float) -> tuple
     shape = [batch, *(int(extent) + 2 for extent in position.amax(dim=0).tolist())]
     base = position.floor()
     fraction = position - base
-    weights, offsets = position.new_ones(len(position), 1), torch.zeros(1, dtype=torch.int64, device=image.device)
+    weights, offsets = (
+        position.new_ones(len(position), 1),
+        torch.zeros(1, dtype=torch.int64, device=image.device),
+    )
     for axis in range(5):
         tent = torch.stack((1 - fraction[:, axis], fraction[:, axis]), dim=1)
+        # Scaled so that a pixel weighs itself with 1 wherever it lies between the nodes.
+        products = torch.stack((tent.square().sum(dim=1), 2 * tent.prod(dim=1)), dim=1)
+        tent = tent / (products @ tent.new_tensor(BLUR_TAPS[:2])).sqrt()[:, None]
         weights = (weights[:, :, None] * tent[:, None]).flatten(1)
         stride = math.prod(shape[axis + 2 :])
         offsets = (offsets[:, None] + torch.tensor((0, stride), device=image.device)).flatten()

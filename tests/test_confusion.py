@@ -8,6 +8,7 @@ import pytest
 
 from modeling_msee.evaluation.confusion import confusion_matrix, scores
 
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

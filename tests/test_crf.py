@@ -11,6 +11,7 @@ import pytest
 
 from modeling_msee.evaluation.crf import CRFParameters, CRFPool, dense_crf
 
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -100,9 +101,7 @@ def test_read_only_strided_and_float64_input(densecrf):
     frozen.setflags(write=False)
     assert np.array_equal(dense_crf(frozen, probabilities), expected)
     strided = np.asfortranarray(image)
-    assert np.allclose(
-        dense_crf(strided, np.asfortranarray(probabilities.astype(np.float64))), expected, atol=1e-4
-    )
+    assert np.allclose(dense_crf(strided, np.asfortranarray(probabilities.astype(np.float64))), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -140,9 +139,7 @@ def test_missing_package_names_the_install_line(monkeypatch):
 def test_the_file_stands_alone_and_imports_pydensecrf_when_used():
     file = REPOSITORY / "modeling_msee" / "evaluation" / "crf.py"
     code = f"import runpy, sys; runpy.run_path({str(file)!r}); print(*sys.modules)"
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "numpy" in loaded
     assert not {"pydensecrf", "torch", "modeling_msee"} & set(loaded)  # the workers run it and stay small
 
@@ -158,9 +155,7 @@ def test_pool_equals_serial_in_order_and_bounds_the_items_in_flight(densecrf):
             yield image, probabilities
 
     with CRFPool(workers=2) as pool:
-        for done, ((image, _, probabilities), labels) in enumerate(
-            zip(scenes, pool.map(items()), strict=True)
-        ):
+        for done, ((image, _, probabilities), labels) in enumerate(zip(scenes, pool.map(items()), strict=True)):
             largest = max(largest, taken - done)
             assert labels.dtype == np.uint8
             assert np.array_equal(labels, dense_crf(image, probabilities).argmax(0))

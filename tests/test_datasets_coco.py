@@ -13,6 +13,7 @@ from PIL import Image
 
 from datasets_scripts import coco
 
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 CATEGORIES = [{"id": 90, "name": "toothbrush"}, {"id": 1, "name": "person"}, {"id": 13, "name": "stop sign"}]
 
@@ -33,9 +34,7 @@ def crowd(number: int, image: int, column: int) -> dict[str, Any]:
 
 def content(split: str) -> dict[str, Any]:
     """Image 1: a small object listed before the large one below it, a crowd. 2: nothing. 3: a crowd alone."""
-    images = [
-        {"id": n, "file_name": f"COCO_{split}2014_{n:012d}.jpg", "height": 8, "width": 10} for n in (3, 1, 2)
-    ]
+    images = [{"id": n, "file_name": f"COCO_{split}2014_{n:012d}.jpg", "height": 8, "width": 10} for n in (3, 1, 2)]
     annotations = [square(11, 1, 1, 3, 3, 2), square(12, 1, 90, 1, 1, 6), crowd(13, 1, 6), crowd(14, 3, 0)]
     return {"images": images, "annotations": annotations, "categories": list(CATEGORIES)}
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from datasets_scripts import common, image_tags
 
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 NAMES = ["background", "zebra", "ant"]
 
@@ -87,9 +88,7 @@ def test_csv_says_the_same_as_jsonl(root: Path, tmp_path: Path) -> None:
     assert image_tags.main(["--root", str(root), "--output", str(tmp_path / "out"), "--separator", "|"]) == 0
 
 
-def test_classes_option_orders_and_names(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_classes_option_orders_and_names(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--root", str(root), "--output", str(tmp_path / "out"), "--classes", "ant", "bee", "zebra"]
     assert image_tags.main(arguments) == 0
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -99,9 +98,7 @@ def test_classes_option_orders_and_names(
 def test_evaluation_splits_and_training_masks(root: Path) -> None:
     found = image_tags.examples(root, "validation", evaluation_splits=())
     assert [example.mask for example in found] == [None]
-    with pytest.raises(
-        FileNotFoundError, match=r"missing file .*train/masks/1\.png: image .*1\.jpg needs a mask"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"missing file .*train/masks/1\.png: image .*1\.jpg needs a mask"):
         list(image_tags.examples(root, "train", with_masks=True))
     for name in "12":
         mask(root / f"train/masks/{name}.png", [[0, 1, 0, 0]] * 3)
@@ -236,9 +233,7 @@ def table(labels: list[Any], feature: Any, **columns: list[Any]) -> Dataset:
     """Grey 4 x 3 images with labels of the given feature."""
     cell = {"bytes": common.encode_png(np.zeros((3, 4), np.uint8)), "path": None}
     features = {"image": datasets.Image(), "labels": feature}
-    features |= {
-        name: datasets.Image() if name == "segmentation_map" else Value("string") for name in columns
-    }
+    features |= {name: datasets.Image() if name == "segmentation_map" else Value("string") for name in columns}
     return Dataset.from_dict({"image": [cell] * len(labels), "labels": labels, **columns}, Features(features))
 
 

@@ -53,9 +53,7 @@ def test_labels_and_masks_agree(scenes: list[Example]) -> None:
 
 def test_training_scenes_have_no_masks_and_validation_sizes_vary() -> None:
     assert all(scene.mask is None for scene in shapes.examples("train", 3, size=48))
-    sizes = {
-        pixels(scene.image).shape for scene in shapes.examples("validation", 6, size=96, with_masks=True)
-    }
+    sizes = {pixels(scene.image).shape for scene in shapes.examples("validation", 6, size=96, with_masks=True)}
     assert len(sizes) > 3
     assert all(81 <= side <= 111 for size in sizes for side in size[:2])
 
@@ -260,9 +258,7 @@ def test_overwrite_does_not_delete_what_it_did_not_write(tmp_path: Path) -> None
         ([str(n) for n in range(255)], [example("a")], False, "at most 254 classes"),
     ],
 )
-def test_bad_rows(
-    tmp_path: Path, names: list[str], rows: list[Example], with_masks: bool, message: str
-) -> None:
+def test_bad_rows(tmp_path: Path, names: list[str], rows: list[Example], with_masks: bool, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         write_dataset(tmp_path / "out", names, [Split("train", rows, len(rows), with_masks)])
     assert list(tmp_path.iterdir()) == []

@@ -12,6 +12,7 @@ from scipy.io import savemat
 
 from datasets_scripts import voc
 
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 XML = (
     "<annotation><object><name>dog</name><part><name>head</name></part></object>"
@@ -194,9 +195,7 @@ def test_missing_files(root: Path, tmp_path: Path, missing: str, message: str) -
 def test_wrong_root_and_split(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert voc.main(["--root", str(tmp_path / "no"), "--output", str(tmp_path / "out")]) == 1
     assert "point --root at VOCdevkit" in capsys.readouterr().err
-    with pytest.raises(
-        ValueError, match="unknown split 'trainval'; expected one of train_aug, train, val, test"
-    ):
+    with pytest.raises(ValueError, match="unknown split 'trainval'; expected one of train_aug, train, val, test"):
         list(voc.examples(root, "trainval"))
 
 

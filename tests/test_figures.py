@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+
 pytest.importorskip("matplotlib")
 from modeling_msee.inference.figures import (
     Panel,
@@ -19,6 +20,7 @@ from modeling_msee.inference.figures import (
     save_palette_png,
     voc_palette,
 )
+
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

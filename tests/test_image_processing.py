@@ -18,6 +18,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from modeling_msee import image_processing_msee
 from modeling_msee.image_processing_msee import MSEEImageProcessor, resize_labels
 
+
 ORIENTATION = 0x0112
 MEAN = torch.tensor(IMAGENET_DEFAULT_MEAN)[:, None, None]
 STD = torch.tensor(IMAGENET_DEFAULT_STD)[:, None, None]

@@ -12,8 +12,10 @@ import pytest
 
 from modeling_msee.evaluation.confusion import confusion_matrix, scores
 
+
 pytest.importorskip("evaluate")
 from modeling_msee.evaluation.mean_iou.mean_iou import MeanIoU
+
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDER = REPOSITORY / "modeling_msee" / "evaluation" / "mean_iou"
@@ -122,9 +124,7 @@ def run_ranks(tmp_path, rounds: int, ranks: int, delay: dict[int, float]) -> lis
     results: list[list] = [[] for _ in range(ranks)]
 
     def work(rank: int) -> None:
-        metric = MeanIoU(
-            num_classes=2, num_process=ranks, process_id=rank, cache_dir=str(tmp_path), timeout=20
-        )
+        metric = MeanIoU(num_classes=2, num_process=ranks, process_id=rank, cache_dir=str(tmp_path), timeout=20)
         threading.Event().wait(delay.get(rank, 0))
         for index in range(rounds):
             zeros = np.zeros(10**rank * (index + 1), int)
@@ -156,9 +156,7 @@ def test_files_of_a_run_that_died_are_not_counted(tmp_path):
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-@pytest.mark.parametrize(
-    ("rank", "message"), [(0, "process 1 delivered no"), (1, "process 0 did not collect")]
-)
+@pytest.mark.parametrize(("rank", "message"), [(0, "process 1 delivered no"), (1, "process 0 did not collect")])
 def test_a_missing_process_times_out_and_loses_nothing(tmp_path, rank, message):
     metric = MeanIoU(num_classes=2, num_process=2, process_id=rank, cache_dir=str(tmp_path), timeout=0.1)
     metric.add(prediction=np.zeros(3, int), reference=np.zeros(3, int))

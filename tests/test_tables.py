@@ -9,6 +9,7 @@ import pytest
 from modeling_msee.evaluation.confusion import scores
 from modeling_msee.evaluation.tables import format_table, write_metrics
 
+
 NAMES = ["background", "cat", "dog", "bird"]
 MATRIX = np.array([[6, 1, 0, 1], [2, 3, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]])
 ROWS = {"CAM": scores(MATRIX), "Seg + CRF": scores(np.diag([5, 5, 5, 5]))}

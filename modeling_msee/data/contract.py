@@ -22,23 +22,35 @@ def load_split(path: str, split: str) -> Dataset:
         ValueError: no such split, or the columns are not those of the contract.
         FileNotFoundError: neither a folder nor a reachable Hub repository.
     """
-    folder = Path(path)
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        loaded = load_from_disk(path)
-        if isinstance(loaded, DatasetDict):
-            if split not in loaded:
-                raise ValueError(f"{path}: expected a split {split!r}, found {', '.join(loaded)}.")
-            loaded = loaded[split]
-    elif folder.exists() and not folder.is_dir():
-        raise ValueError(f"{path}: expected a folder or a Hub repository, got a file.")
-    else:
-        loaded = load_dataset(path, split=split)
+    loaded = _load(path)
+    splits = loaded if isinstance(loaded, DatasetDict) else {str(loaded.split or split): loaded}
+    if split not in splits:
+        raise ValueError(f"{path}: expected a split {split!r}, found {', '.join(splits)}.")
+    loaded = splits[split]
     check_columns(loaded, path)
     # Files are decoded here and not by the library, so that a broken one can be named.
     for column in ("image", "segmentation_map"):
         if column in loaded.column_names:
             loaded = loaded.cast_column(column, Image(decode=False))
     return loaded
+
+
+def _load(path: str) -> Dataset | DatasetDict:
+    """All splits, or the one data set that a folder of `save_to_disk` holds."""
+    folder = Path(path)
+    if folder.is_file():
+        raise ValueError(f"{path}: expected a folder or a Hub repository, got a file.")
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return load_from_disk(path)
+    try:
+        return load_dataset(path)
+    except OSError as error:
+        if folder.is_dir():
+            raise
+        raise FileNotFoundError(
+            f"{path}: expected a folder that a builder of datasets_scripts wrote, or a Hub data set. "
+            f"There is no such folder here, and as a Hub data set: {error}"
+        ) from error
 
 
 def check_columns(dataset: Dataset, path: str) -> None:
@@ -60,6 +72,16 @@ def class_names(dataset: Dataset) -> list[str]:
     return [BACKGROUND, *dataset.features["labels"].feature.names]
 
 
+def check_class_names(dataset: Dataset, expected: Sequence[str], owner: str) -> None:
+    """Raise ValueError unless the data set has exactly the labels that `owner` has, in the same order."""
+    found = class_names(dataset)
+    if found != list(expected):
+        raise ValueError(
+            f"{owner} has {len(expected)} labels ({', '.join(expected)}), the data set has {len(found)} "
+            f"({', '.join(found)}). They must be the same in the same order."
+        )
+
+
 def multi_hot(labels: Sequence[int], num_classes: int, image_id: str) -> Tensor:
     """Foreground indices -> (num_classes,) of 0 and 1.
 
@@ -78,9 +100,11 @@ def read_image(sample: dict, column: str = "image") -> PILImage.Image:
     """Decode one undecoded image column completely.
 
     Raises:
-        ValueError: the file cannot be decoded, with its name.
+        ValueError: there is no file, or it cannot be decoded, with its name.
     """
     stored = sample[column]
+    if stored is None:
+        raise ValueError(f"{sample['image_id']}: expected a file in the column {column!r}, found none.")
     source = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
     try:
         image = PILImage.open(source)
@@ -99,12 +123,13 @@ def read_rgb(sample: dict) -> PILImage.Image:
     return ImageOps.exif_transpose(read_image(sample)).convert("RGB")
 
 
-def without_bad_images(dataset: Dataset) -> tuple[Dataset, list[str]]:
-    """The samples whose image can be read, and a message for each that cannot."""
+def without_bad_images(dataset: Dataset, columns: Sequence[str] = ("image",)) -> tuple[Dataset, list[str]]:
+    """The samples whose files in `columns` can be read, and a message for each other one."""
     good, messages = [], []
     for index, sample in enumerate(tqdm(dataset, desc="Checking images")):
         try:
-            read_image(sample)
+            for column in columns:
+                read_image(sample, column)
         except ValueError as error:
             messages.append(str(error))
         else:

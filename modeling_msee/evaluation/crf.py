@@ -16,6 +16,7 @@ from types import ModuleType, TracebackType
 
 import numpy as np
 
+
 _SMALLEST_PROBABILITY = 1e-5
 
 
@@ -57,8 +58,7 @@ def _check(image: np.ndarray, probabilities: np.ndarray) -> None:
     # min and max carry a nan through, and a comparison with nan is False
     if not (probabilities.min() >= 0 and probabilities.max() <= 1 + 1e-4):
         raise ValueError(
-            "probabilities must lie in [0, 1], "
-            f"got [{probabilities.min()}, {probabilities.max()}]; apply softmax"
+            f"probabilities must lie in [0, 1], got [{probabilities.min()}, {probabilities.max()}]; apply softmax"
         )
 
 
@@ -86,9 +86,7 @@ def _infer(image: np.ndarray, probabilities: np.ndarray, parameters: CRFParamete
     return np.asarray(field.inference(parameters.iterations), dtype=np.float32).reshape(probabilities.shape)
 
 
-def dense_crf(
-    image: np.ndarray, probabilities: np.ndarray, parameters: CRFParameters = TOCO_CRF
-) -> np.ndarray:
+def dense_crf(image: np.ndarray, probabilities: np.ndarray, parameters: CRFParameters = TOCO_CRF) -> np.ndarray:
     """Refine class probabilities along the edges of the image (Krähenbühl & Koltun, NIPS 2011).
 
     `image` is uint8 (H, W, 3), `probabilities` float (C, H, W) in [0, 1], channel 0 background. Returns
@@ -195,9 +193,7 @@ class CRFPool:
         image, probabilities = np.asarray(image), np.asarray(probabilities)
         _check(image, probabilities)
         if len(probabilities) > 255:
-            raise ValueError(
-                f"labels are uint8 and 255 means ignored: expected C <= 255, got {len(probabilities)}"
-            )
+            raise ValueError(f"labels are uint8 and 255 means ignored: expected C <= 255, got {len(probabilities)}")
         channels = _taking_part(probabilities)
         self._free.acquire()
         try:

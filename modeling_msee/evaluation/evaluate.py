@@ -32,7 +32,10 @@ class ScoredImage:
 
 
 def evaluate(
-    model: MSEEForWeaklySupervisedSegmentation, samples: EvaluationSamples, crf: bool = False, crf_workers: int = 2
+    model: MSEEForWeaklySupervisedSegmentation,
+    samples: EvaluationSamples,
+    crf: bool = False,
+    crf_workers: int = 2,
 ) -> dict[str, Scores]:
     """Scores of CAM, auxiliary CAM and Seg, and of Seg + CRF if asked, summed exactly over all processes.
 
@@ -56,9 +59,7 @@ def evaluate(
     return dict(zip(names, (scores(matrix) for matrix in total), strict=True))
 
 
-def _scored_images(
-    model: MSEEForWeaklySupervisedSegmentation, samples: EvaluationSamples
-) -> Iterator[ScoredImage]:
+def _scored_images(model: MSEEForWeaklySupervisedSegmentation, samples: EvaluationSamples) -> Iterator[ScoredImage]:
     """This process's share of the images."""
     state = PartialState()
     share = range(state.process_index, len(samples), state.num_processes)

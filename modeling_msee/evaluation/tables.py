@@ -41,14 +41,12 @@ def format_table(rows: Mapping[str, Scores], class_names: Sequence[str], protoco
         ("pixel accuracy", [_percent(row["pixel_accuracy"]) for row in columns]),
     ]
     lines += [
-        (name, [_percent(row["per_class_iou"][index]) for row in columns])
-        for index, name in enumerate(class_names)
+        (name, [_percent(row["per_class_iou"][index]) for row in columns]) for index, name in enumerate(class_names)
     ]
     first = max(len(label) for label, _ in lines)
     widths = [max(len(cells[column]) for _, cells in lines) for column in range(len(columns))]
     texts = [
-        f"{label:<{first}}  "
-        + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        f"{label:<{first}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
         for label, cells in lines
     ]
     rule = "-" * max(len(text) for text in texts)
@@ -66,9 +64,7 @@ def _without_nan(value: Any) -> Any:
     return value
 
 
-def write_metrics(
-    path: str | Path, rows: Mapping[str, Scores], class_names: Sequence[str], protocol: str
-) -> None:
+def write_metrics(path: str | Path, rows: Mapping[str, Scores], class_names: Sequence[str], protocol: str) -> None:
     """Write `{"protocol", "class_names", "results": {row: scores}}` as JSON; undefined scores become null.
 
     The file appears whole or not at all: it is written beside `path` and renamed. Missing folders are

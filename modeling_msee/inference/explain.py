@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..activation_msee import class_activation_maps
 from ..image_processing_msee import MSEEImageProcessor
 from ..modeling_msee import MSEEForWeaklySupervisedSegmentation
 from ..regions_msee import reliable_regions
@@ -38,11 +37,8 @@ def explain(
     student = model.encode(pixel_values)
     logits = model.decoder(student.features)
     grid = student.features.shape[-2:]
-    maps = {1.0: class_activation_maps(student.features, model.classifier.weight, labels)}
-    for scale in model.config.scale_factors:
-        size = [int(scale * side) for side in pixel_values.shape[-2:]]
-        scaled = F.interpolate(pixel_values, size=size, mode="bilinear", align_corners=False)
-        maps[scale] = class_activation_maps(model.encode(scaled).features, model.classifier.weight, labels)
+    passes = model.upright_passes(pixel_values, student, model.config.scale_factors)
+    maps = {scale: model.labelled_activation_maps(view.features, labels) for scale, view in passes.items()}
     on_grid = [_resize(maps[scale], grid) for scale in model.config.scale_factors]
     regions = reliable_regions(on_grid, logits.argmax(dim=1), labels, model.config.threshold_mode)
 
@@ -52,7 +48,9 @@ def explain(
         panels.append(Panel(f"CAM ×{scale:g}", heat_overlay(picture, heat.cpu().numpy())))
     for scale, region in zip(model.config.scale_factors, regions, strict=True):
         mask = _nearest(region[0], image.size)
-        panels.append(Panel(f"B{'ˡ' if scale > 1 else 'ˢ'} ×{scale:g}", region_panel(picture, mask > 0, REGION_COLOUR)))
+        panels.append(
+            Panel(f"B{'ˡ' if scale > 1 else 'ˢ'} ×{scale:g}", region_panel(picture, mask > 0, REGION_COLOUR))
+        )
     pseudo = _nearest(model.pseudo_labels(pixel_values, labels)[0], image.size)
     panels.append(Panel("Pseudo label", overlay(picture, pseudo)))
     segmentation = _resize(logits.float(), picture.shape[:2])[0].argmax(dim=0).cpu().numpy()

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+
 _DPI = 150
 _SIDE = 255  # pixels, the square a panel is fitted into
 _CELL = _SIDE / _DPI  # the same in inches, as all lengths below
@@ -42,9 +43,7 @@ def _check_image(image: np.ndarray) -> None:
 def _check_same_size(image: np.ndarray, name: str, values: np.ndarray) -> None:
     _check_image(image)
     if values.shape != image.shape[:2]:
-        raise ValueError(
-            f"{name} must have the image's size {image.shape[:2]}, got {values.shape}; resize it first"
-        )
+        raise ValueError(f"{name} must have the image's size {image.shape[:2]}, got {values.shape}; resize it first")
 
 
 def voc_palette(n: int = 256) -> np.ndarray:
@@ -66,9 +65,7 @@ def colorize(segmentation: np.ndarray, palette: np.ndarray) -> np.ndarray:
     """RGB uint8 (H, W, 3) of a label map (H, W); ValueError for a value the palette has no colour for."""
     segmentation = np.asarray(segmentation)
     if segmentation.ndim != 2 or not np.issubdtype(segmentation.dtype, np.integer):
-        raise ValueError(
-            f"expected an integer label map (H, W), got {segmentation.dtype} {segmentation.shape}"
-        )
+        raise ValueError(f"expected an integer label map (H, W), got {segmentation.dtype} {segmentation.shape}")
     if segmentation.min() < 0 or segmentation.max() >= len(palette):
         raise ValueError(
             f"the palette has colours 0 to {len(palette) - 1}, the label map holds "
@@ -192,9 +189,7 @@ def _draw_row(figure: Figure, row: Sequence[Panel], top: float, cell_height: int
         axes.set_axis_off()
 
 
-def figure_rows(
-    rows: Sequence[Sequence[Panel]], class_names: Mapping[int, str], path: str | Path, title: str
-) -> None:
+def figure_rows(rows: Sequence[Sequence[Panel]], class_names: Mapping[int, str], path: str | Path, title: str) -> None:
     """Write one PNG at 150 dpi: a row per example, column titles on top, a legend of classes at the bottom.
 
     All rows have the same panel titles. `class_names` maps segmentation values to names, and the legend shows
@@ -203,18 +198,14 @@ def figure_rows(
     """
     titles = _check_rows(rows)
     if any(not 0 <= value <= 255 for value in class_names):
-        raise ValueError(
-            f"class_names must map segmentation values 0 to 255 to names, got {list(class_names)}"
-        )
+        raise ValueError(f"class_names must map segmentation values 0 to 255 to names, got {list(class_names)}")
     entry = 0.4 + _CHARACTER * max((len(name) for name in class_names.values()), default=0)
     width = max(2 * _MARGIN + len(titles) * (_CELL + _GAP), 2 * _MARGIN + entry, 4.0)
     columns = max(1, int((width - 2 * _MARGIN) / entry))
     legend = 2 * _MARGIN + _LINE * math.ceil(len(class_names) / columns)
     wrapped = [textwrap.fill(text, _CELL_CHARACTERS) for text in titles]
     heading = textwrap.fill(title, int((width - 2 * _MARGIN) / 0.1))
-    head = (
-        2 * _MARGIN + 0.2 * (heading.count("\n") + 1) + _LINE * max(text.count("\n") + 1 for text in wrapped)
-    )
+    head = 2 * _MARGIN + 0.2 * (heading.count("\n") + 1) + _LINE * max(text.count("\n") + 1 for text in wrapped)
     cell_heights = [max(_fitted_size(panel.image)[0] for panel in row) for row in rows]
     height = head + sum(cell_heights) / _DPI + len(rows) * _GAP + legend
 

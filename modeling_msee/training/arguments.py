@@ -11,6 +11,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import TrainingArguments
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.integrations import is_tensorboard_available
+from transformers.trainer_utils import get_last_checkpoint
 
 from ..configuration_msee import MSEEConfig
 
@@ -86,7 +87,6 @@ class MSEETrainingArguments(TrainingArguments):
     save_steps: float = 2000
     save_total_limit: int | None = 2
     dataloader_num_workers: int = 4
-    dataloader_drop_last: bool = True
     remove_unused_columns: bool | None = False
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
     batch_eval_metrics: bool = True
@@ -112,6 +112,10 @@ class MSEETrainingArguments(TrainingArguments):
                 f"per_device_train_batch_size {given} x {numbers} is {given * shares}, but effective_batch_size is "
                 f"{self.effective_batch_size}. Leave per_device_train_batch_size out: it follows from the others."
             )
+
+    def last_checkpoint(self) -> str | None:
+        """The newest checkpoint in `output_dir`, a folder that only the first process may have made yet."""
+        return get_last_checkpoint(self.output_dir) if Path(self.output_dir).is_dir() else None
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,11 @@ def parse_recipe(arguments: list[str]) -> Recipe:
     values = {**read_recipe(path), **parse_overrides(overrides)}
     groups = {
         name: {item.name for item in fields(cls) if item.init}
-        for name, cls in (("data", DataArguments), ("model", ModelArguments), ("training", MSEETrainingArguments))
+        for name, cls in (
+            ("data", DataArguments),
+            ("model", ModelArguments),
+            ("training", MSEETrainingArguments),
+        )
     }
     groups["config"] = set(method_fields())
     known = sorted(set().union(*groups.values()))
@@ -156,13 +164,25 @@ def parse_recipe(arguments: list[str]) -> Recipe:
     for name in required:
         if name not in values:
             raise ValueError(f"{path}: the field {name!r} is missing; set it there or with --{name}.")
+    _check_origin(values, path)
     return Recipe(
         data=DataArguments(**parts["data"]),
         model=ModelArguments(**parts["model"]),
         training=MSEETrainingArguments(**parts["training"]),
-        config_fields=parts["config"],
+        # No field of the method takes null, so null leaves one at its default.
+        config_fields={name: value for name, value in parts["config"].items() if value is not None},
         values=values,
     )
+
+
+def _check_origin(values: dict[str, Any], path: str) -> None:
+    """Raise ValueError if a recipe says twice where the encoder comes from."""
+    for first, second in (("backbone", "model"), ("backbone", "backbone_config")):
+        if values.get(first) is not None and values.get(second) is not None:
+            raise ValueError(
+                f"{path}: expected only one of {first!r} and {second!r}, got both; take one out of the recipe "
+                f"or set it to null, such as --{second} null."
+            )
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -174,7 +194,9 @@ class RecipeLoader(yaml.SafeLoader):
     }
 
 
-RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.IGNORECASE), list("tTfF"))
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.IGNORECASE), list("tTfF")
+)
 RecipeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?((\d+\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+)$"),
@@ -198,9 +220,9 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
     name = None
     for argument in arguments:
         if argument.startswith("--"):
-            name, _, value = argument[2:].partition("=")
+            name, equals, value = argument[2:].partition("=")
             name = name.replace("-", "_")
-            collected[name] = [value] if value else []
+            collected[name] = [value] if equals else []
         elif name is None:
             raise ValueError(f"expected --field before {argument!r}.")
         else:

@@ -67,7 +67,8 @@ class TrainingAugmentation:
     def __call__(self, image: Image.Image, seed: int) -> AugmentedSample:
         """Views of an RGB image; the same seed gives the same views and leaves the caller's random state alone."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            # torch.manual_seed would seed the accelerators, too.
+            torch.default_generator.manual_seed(seed)
             original = tvF.pil_to_tensor(image)
             cropped, box = self._rescale_flip_crop(original)
             return AugmentedSample(

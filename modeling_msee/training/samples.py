@@ -38,10 +38,27 @@ class TrainingSamples(torch.utils.data.Dataset):
 
 
 class EpochSampler(torch.utils.data.Sampler[int]):
-    """A new order of all samples every epoch, a function of the seed and the epoch alone."""
+    """A new order of the samples every epoch, a function of the seed and the epoch alone.
 
-    def __init__(self, length: int, seed: int):
+    An epoch is cut to whole effective batches, so that every optimiser step sees one.
+
+    Args:
+        length: number of samples.
+        batch_size: images per optimiser step over all processes and accumulation steps.
+        seed: seed of the run.
+
+    Raises:
+        ValueError: fewer samples than one step needs.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int):
+        if length < batch_size:
+            raise ValueError(
+                f"expected at least effective_batch_size = {batch_size} training images, found {length}. "
+                "Lower effective_batch_size."
+            )
         self.length = length
+        self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0
 
@@ -49,8 +66,8 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.length
+        return self.length - self.length % self.batch_size
 
     def __iter__(self) -> Iterator[int]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
-        yield from (self.epoch * self.length + int(index) for index in order)
+        yield from (self.epoch * self.length + int(index) for index in order[: len(self)])

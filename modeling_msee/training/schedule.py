@@ -18,7 +18,9 @@ def learning_rate_factor(step: int, warmup_steps: int, max_steps: int) -> float:
     return (1 - min(step, max_steps - 1) / max_steps) ** POLYNOMIAL_POWER
 
 
-def parameter_groups(model: nn.Module, learning_rate: float, head_multiplier: float, weight_decay: float) -> list[dict]:
+def parameter_groups(
+    model: nn.Module, learning_rate: float, head_multiplier: float, weight_decay: float
+) -> list[dict]:
     """Trainable parameters in two groups, encoder and heads; weight decay on everything, as the baseline."""
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():

@@ -23,7 +23,11 @@ class MSEETrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(
-            *args, data_collator=collate, compute_metrics=StreamingScores(), callbacks=[AveragedHead()], **kwargs
+            *args,
+            data_collator=collate,
+            compute_metrics=StreamingScores(),
+            callbacks=[AveragedHead()],
+            **kwargs,
         )
         self.term_sums: dict[str, Tensor] = {}
         self.term_counts: dict[str, int] = defaultdict(int)
@@ -65,7 +69,10 @@ class MSEETrainer(Trainer):
         if "loss" in logs and self.term_sums:
             means = torch.stack([total / self.term_counts[name] for name, total in self.term_sums.items()])
             means = self.accelerator.reduce(means, reduction="mean").tolist()
-            logs = {**logs, **{f"loss_{name}": mean for name, mean in zip(self.term_sums, means, strict=True)}}
+            logs = {
+                **logs,
+                **{f"loss_{name}": mean for name, mean in zip(self.term_sums, means, strict=True)},
+            }
             self.term_sums, self.term_counts = {}, defaultdict(int)
         super().log(logs, start_time)
 
@@ -84,7 +91,10 @@ class MSEETrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
         train_dataset = self.train_dataset if train_dataset is None else train_dataset
-        return EpochSampler(len(train_dataset), self.args.seed)
+        sampler = EpochSampler(len(train_dataset), self.args.effective_batch_size, self.args.seed)
+        self.remove_callback(SampleOrder)
+        self.add_callback(SampleOrder(sampler))
+        return sampler
 
 
 class AveragedHead(TrainerCallback):
@@ -92,6 +102,16 @@ class AveragedHead(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         model.update_averaged_projection()
+
+
+class SampleOrder(TrainerCallback):
+    """Tells the sampler its epoch; where several processes resume within one, the library does not."""
+
+    def __init__(self, sampler: EpochSampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.set_epoch(int(state.epoch))
 
 
 class StreamingScores:

@@ -13,6 +13,7 @@ import numpy as np
 
 from modeling_msee.evaluation.confusion import Scores, confusion_matrix, scores
 
+
 _DESCRIPTION = """
 Mean intersection over union of label maps, streamed: each map is counted and dropped, so memory and the files
 shared between processes are one (K, K) matrix, whatever the number of images.
@@ -123,9 +124,7 @@ class MeanIoU(evaluate.Metric):
             return None
         total = self._collect(Path(self.data_dir), stem) if self.num_process > 1 else self.matrix.copy()
         if not total.any():
-            raise ValueError(
-                "no pixel was counted: call add or add_batch with labelled pixels before compute"
-            )
+            raise ValueError("no pixel was counted: call add or add_batch with labelled pixels before compute")
         self.matrix[:] = 0
         return scores(total)
 
