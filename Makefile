@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Two torch processes on one machine otherwise spend their time waiting for each other at full speed.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: install demo test check clean
 
 install: $(VENV)/installed

@@ -246,3 +246,8 @@ class MSEEImageProcessor(TorchvisionBackend):
         if has_maps:
             data["segmentation_maps"] = [item[0] for item in self.pad(labels, fill_value=IGNORE_INDEX)]
         return BatchFeature(data=data, tensor_type=kwargs["return_tensors"])
+
+
+MSEEImageProcessor.register_for_auto_class()
+
+__all__ = ["MSEEImageProcessor"]

@@ -604,7 +604,10 @@ class TestAutoClasses:
         assert {file.name for file in folder.glob("*.py")} == {
             "activation_msee.py",
             "configuration_msee.py",
+            "encoder_msee.py",
+            "heads_msee.py",
             "image_processing_msee.py",
+            "inputs_msee.py",
             "losses_msee.py",
             "modeling_msee.py",
             "refinement_msee.py",

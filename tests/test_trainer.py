@@ -372,7 +372,6 @@ def test_training_images_smaller_than_a_patch(write_data, train, step_log) -> No
     assert all(math.isfinite(value) for entry in step_log(output) for value in entry.values())
 
 
-@pytest.mark.xfail(strict=True, reason="modeling_msee._rescale makes images of less than one patch")
 def test_scored_images_smaller_than_a_patch(write_data, trained, tmp_path) -> None:
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (5, 3, 3), dtype=np.uint8))

@@ -4,6 +4,7 @@ Every draw comes from a seed given per sample and epoch, so that a run can be re
 without changing what any sample looks like.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvF
+
+
+REFERENCE_CROP_SIZE = 448  # pixels, the side of the published recipes
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,9 @@ class TrainingAugmentation:
             v2.RandomApply([v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)], p=0.8),
             v2.RandomGrayscale(p=0.2),
         ]
-        # A kernel of 13 holds three standard deviations of the widest blur.
-        blur = v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))
+        # The baseline's 0.1 to 2 px are for crops of 448 px; a small crop would lose its texture.
+        widest = 2.0 * crop_size / REFERENCE_CROP_SIZE
+        blur = v2.GaussianBlur(kernel_size=2 * math.ceil(3 * widest) + 1, sigma=(0.05 * widest, widest))
         self.training_view = v2.Compose([*colour, blur])
         self.local_view = v2.Compose([*colour, v2.RandomApply([blur], p=0.5)])
         self.global_view = v2.Compose(
