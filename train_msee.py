@@ -4,8 +4,8 @@
     python train_msee.py configuration/tags.yaml --dataset outputs/my-photos --max_steps 400
     accelerate launch --num_processes 4 train_msee.py configuration/voc.yaml
 
-Every field of a recipe can be overridden as `--field value`; `--help` lists all of them. A run that was stopped goes on from
-the last checkpoint in its `output_dir` when started again; `--resume_from_checkpoint false` starts anew.
+Every field of a recipe can be overridden as `--field value`; `--help` lists all of them. A run that was stopped goes
+on from the last checkpoint in its `output_dir` when started again; `--resume_from_checkpoint false` starts anew.
 """
 
 import sys
@@ -88,24 +88,22 @@ def load_data(data: DataArguments, split: str, columns: list[str]) -> Dataset:
 
 def build_model(recipe: Recipe, names: list[str]) -> MSEEForWeaklySupervisedSegmentation:
     """The model of a recipe for the given class names, background first."""
-    labels = {
+    config_fields = recipe.config_fields | {
         "id2label": dict(enumerate(names)),
         "label2id": {name: index for index, name in enumerate(names)},
     }
     if recipe.model.model is not None:
         config = MSEEConfig.from_pretrained(recipe.model.model, **recipe.config_fields)
-        if list(config.id2label.values()) != names:
+        if config.label_names != names:
             raise ValueError(
-                f"{recipe.model.model} was trained for {config.num_labels} labels ({', '.join(config.id2label.values())}), "
+                f"{recipe.model.model} was trained for {config.num_labels} labels ({', '.join(config.label_names)}), "
                 f"the data set has {len(names)} ({', '.join(names)}). Start from a backbone instead."
             )
         model = MSEEForWeaklySupervisedSegmentation.from_pretrained(recipe.model.model, config=config)
     elif recipe.model.backbone is not None:
-        model = MSEEForWeaklySupervisedSegmentation.from_backbone(
-            recipe.model.backbone, **recipe.config_fields, **labels
-        )
+        model = MSEEForWeaklySupervisedSegmentation.from_backbone(recipe.model.backbone, **config_fields)
     else:
-        model = MSEEForWeaklySupervisedSegmentation(MSEEConfig(**recipe.config_fields, **labels))
+        model = MSEEForWeaklySupervisedSegmentation(MSEEConfig(**config_fields))
     model.freeze_backbone_layers(recipe.model.frozen_backbone_layers)
     return model
 
@@ -114,10 +112,7 @@ def build_processor(data: DataArguments, config: MSEEConfig) -> MSEEImageProcess
     """The image processor that evaluation and inference use."""
     size = None if data.eval_size is None else {"shortest_edge": data.eval_size}
     return MSEEImageProcessor(
-        patch_size=config.patch_size,
-        size=size,
-        image_mean=list(config.image_mean),
-        image_std=list(config.image_std),
+        patch_size=config.patch_size, size=size, image_mean=list(config.image_mean), image_std=list(config.image_std)
     )
 
 
@@ -134,7 +129,7 @@ def report(trainer: MSEETrainer, samples: EvaluationSamples) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     results = evaluate(model, samples, crf=trainer.args.crf)
     if trainer.is_world_process_zero():
-        names = list(model.config.id2label.values())
+        names = model.config.label_names
         write_metrics(Path(trainer.args.output_dir) / "metrics.json", results, names, PROTOCOL)
         print(format_table(results, names, PROTOCOL))
 

@@ -36,18 +36,18 @@ def activation_scores(features: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum("cd,bdhw->bchw", weight.flatten(1), features)
 
 
-def fuse_activation_maps(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+def fuse_activation_maps(maps: Sequence[Tensor], size: tuple[int, ...]) -> Tensor:
     """The baseline's multi-scale activation map: scores summed over scales, then min-max per map.
 
     Args:
-        maps: one tensor per scale, scores (B, C, h_s, w_s), or (V, B, C, h_s, w_s) with V views of the scale (the image
-            and its mirror image, already mirrored back), of which the larger value counts.
+        maps: one tensor per scale, scores (B, C, h_s, w_s), or (V, B, C, h_s, w_s) with V views of the scale (the
+            image and its mirror image, already mirrored back), of which the larger value counts.
         size: height and width of the result.
 
     Returns:
         (B, C, height, width) in [0, 1): minus the minimum, over the maximum + 1e-5.
     """
-    total: Tensor | float = 0.0
+    total = maps[0].new_zeros(())
     for scores in maps:
         views = scores if scores.ndim == 5 else scores[None]
         resized = [F.interpolate(view, size=size, mode="bilinear", align_corners=False) for view in views]
@@ -125,7 +125,10 @@ def box_mask(box: Tensor, height: int, width: int) -> Tensor:
 
 
 def scale_box(box: Tensor, patch_size: int) -> Tensor:
-    """The box (B, 4) in patches: every patch wholly inside; if none is, the one at the centre. Empty boxes stay empty."""
+    """The box (B, 4) in patches: every patch wholly inside; if none is, the one at the centre.
+
+    Empty boxes stay empty.
+    """
     start, end = box[:, 0::2].to(torch.int64), box[:, 1::2].to(torch.int64)
     # Whole numbers throughout: 42 * (1 / 14) is above 3 in float32.
     first, last = -(-start // patch_size), end // patch_size
@@ -136,9 +139,10 @@ def scale_box(box: Tensor, patch_size: int) -> Tensor:
 
 
 def labels_to_affinity(label_map: Tensor) -> Tensor:
-    """Pairwise relation of positions: label map (B, h, w) -> (B, hw, hw) uint8, 1 same label, 0 different, 255 ignored.
+    """Pairwise relation of positions: label map (B, h, w) -> (B, hw, hw) uint8.
 
-    A pair is ignored where either label is ignored, and on the diagonal.
+    1 is the same label, 0 a different one, 255 ignored. A pair is ignored where either label is ignored, and on
+    the diagonal.
     """
     flat = label_map.flatten(1)
     affinity = (flat[:, None, :] == flat[:, :, None]).to(torch.uint8)
@@ -160,8 +164,8 @@ def uncertainty_mask(maps: Tensor, labels: Tensor, low: float, high: float) -> T
 def local_crops(images: Tensor, mask: Tensor, size: int, draws: Tensor, share: float = 0.2) -> tuple[Tensor, ...]:
     """Square crops centred on positions that are not certain foreground (the baseline's local views).
 
-    Candidates are the centres at least `size // 2` from the border with a mask value of at most 1; all such centres if an
-    image has fewer of them than crops.
+    Candidates are the centres at least `size // 2` from the border with a mask value of at most 1; all such centres if
+    an image has fewer of them than crops.
 
     Args:
         images: (B, 3, H, W).

@@ -63,14 +63,14 @@ def _load(arguments: argparse.Namespace) -> tuple[MSEEForWeaklySupervisedSegment
             f"There is no such folder here, and as a Hub repository: {error}"
         ) from error
     dataset = load_split(arguments.data, arguments.split)
-    check_class_names(dataset, list(model.config.id2label.values()), arguments.model)
+    check_class_names(dataset, model.config.label_names, arguments.model)
     return model, EvaluationSamples(dataset, processor)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     model, samples = _load(arguments)
     results = evaluate(model, samples, crf=arguments.crf)
-    names = list(model.config.id2label.values())
+    names = model.config.label_names
     if arguments.output is not None:
         write_metrics(arguments.output, results, names, PROTOCOL)
     print(format_table(results, names, PROTOCOL))
@@ -86,7 +86,7 @@ def _figures(arguments: argparse.Namespace) -> None:
         target = sample["segmentation_map"].numpy()
         rows.append(explain(model, samples.processor, samples.image(index), sample["labels"], target))
         present |= {int(label) + 1 for label in sample["labels"].nonzero()}
-    names = {value: model.config.id2label[value] for value in sorted(present)} | {255: "ignored"}
+    names = {value: model.config.label_names[value] for value in sorted(present)} | {255: "ignored"}
     path = arguments.output / f"{arguments.split}.png"
     figure_rows(rows, names, path, f"{Path(arguments.model).name} on {arguments.split}")
     print(f"Written to {path}")

@@ -2,7 +2,7 @@
 
 import difflib
 from dataclasses import fields
-from typing import Literal
+from typing import Literal, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
@@ -16,8 +16,8 @@ SUPPORTED_BACKBONES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3
 @strict
 class MSEEConfig(PreTrainedConfig):
     r"""
-    Configuration of [`MSEEForWeaklySupervisedSegmentation`]. Defaults are the paper's (ViT-B/16, PASCAL VOC 2012); where
-    the paper is silent they are the published baseline's (ToCo) or stated below. Steps are optimiser steps.
+    Configuration of [`MSEEForWeaklySupervisedSegmentation`]. Defaults are the paper's (ViT-B/16, PASCAL VOC 2012);
+    where the paper is silent they are the published baseline's (ToCo) or stated below. Steps are optimiser steps.
 
     Label 0 of `id2label` is the background; the classifiers have `num_labels - 1` outputs.
 
@@ -56,13 +56,13 @@ class MSEEConfig(PreTrainedConfig):
         energy_loss_weight (0.05) (`float`):
             The baseline's further terms; 0 switches a term and its cost off.
         contrast_start_step (0), segmentation_start_step (2000), main_activation_start_step (0) (`int`):
-            First step with the two contrasts; with segmentation and energy; with pseudo labels from the main instead of
-            the auxiliary CAM.
+            First step with the two contrasts; with segmentation and energy; with pseudo labels from the main instead
+            of the auxiliary CAM.
         activation_scale_factors (`tuple[float, ...]`, defaults to `(1.0, 0.5, 1.5)`):
             Scales of the fused CAM that makes pseudo labels; each is also flipped.
         background_threshold, high_threshold, low_threshold (`float` in [0, 1], default to 0.5, 0.7, 0.25):
-            CAM levels: at or below low is background, above high is foreground, ignored between. `background_threshold`
-            alone splits the CAM when it is scored.
+            CAM levels: at or below low is background, above high is foreground, ignored between.
+            `background_threshold` alone splits the CAM when it is scored.
         local_crop_size (`int`, defaults to 96), local_crop_count (`int`, defaults to 8):
             Side in pixels and number of the local views.
         uncertain_share (`float`, defaults to 0.2):
@@ -75,8 +75,8 @@ class MSEEConfig(PreTrainedConfig):
             Normalisation of `pixel_values`, needed to see the image as the refinement and the energy do.
 
     Raises:
-        ValueError (or a `huggingface_hub` strict-dataclass error): a value of another type or outside its range, an encoder
-            that is not one of the supported ViTs, a misspelt field.
+        ValueError (or a `huggingface_hub` strict-dataclass error): a value of another type or outside its range, an
+            encoder that is not one of the supported ViTs, a misspelt field.
     """
 
     model_type = "msee"
@@ -140,7 +140,7 @@ class MSEEConfig(PreTrainedConfig):
 
     def validate_backbone(self):
         """The encoder is a ViT with square patches whose depth holds the auxiliary layer."""
-        backbone = self.backbone_config
+        backbone = self.encoder_config
         if backbone.model_type not in SUPPORTED_BACKBONES:
             raise ValueError(
                 f"backbone_config.model_type: expected one of {', '.join(SUPPORTED_BACKBONES)}, got "
@@ -150,7 +150,8 @@ class MSEEConfig(PreTrainedConfig):
             raise ValueError(f"backbone_config.patch_size: expected one integer, got {backbone.patch_size!r}.")
         if not -backbone.num_hidden_layers <= self.auxiliary_layer <= -1:
             raise ValueError(
-                f"auxiliary_layer: expected a block from -{backbone.num_hidden_layers} to -1, got {self.auxiliary_layer}."
+                f"auxiliary_layer: expected a block from -{backbone.num_hidden_layers} to -1, "
+                f"got {self.auxiliary_layer}."
             )
 
     def validate_labels(self):
@@ -190,19 +191,30 @@ class MSEEConfig(PreTrainedConfig):
             raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}.")
 
     @property
+    def encoder_config(self) -> PreTrainedConfig:
+        """`backbone_config` as `__post_init__` leaves it: a dictionary or nothing has become a configuration."""
+        return cast(PreTrainedConfig, self.backbone_config)
+
+    @property
+    def label_names(self) -> list[str]:
+        """Names of `id2label` by label value, the background first."""
+        labels = self.id2label or {}
+        return [name for _, name in sorted((int(value), name) for value, name in labels.items())]
+
+    @property
     def num_classes(self) -> int:
         """Number of foreground classes, `num_labels - 1`."""
-        return self.num_labels - 1
+        return len(self.label_names) - 1
 
     @property
     def patch_size(self) -> int:
         """Side of one patch in pixels."""
-        return self.backbone_config.patch_size
+        return self.encoder_config.patch_size
 
     @property
     def hidden_size(self) -> int:
         """Number of feature channels of the encoder."""
-        return self.backbone_config.hidden_size
+        return self.encoder_config.hidden_size
 
 
 MSEEConfig.register_for_auto_class()

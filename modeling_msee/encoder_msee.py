@@ -33,7 +33,7 @@ class MSEEPreTrainedModel(PreTrainedModel):
     config_class = MSEEConfig
     base_model_prefix = "msee"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # type: ignore[assignment]  # declared as a list, a tuple in the library's own models
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -71,8 +71,8 @@ class MSEEEncoder(MSEEPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         # A pooler would be a head of the encoder's own that nothing reads.
-        pooling = {"add_pooling_layer": False} if config.backbone_config.model_type in ("vit", "deit") else {}
-        self.backbone = AutoModel.from_config(config.backbone_config, **pooling)
+        pooling = {"add_pooling_layer": False} if config.encoder_config.model_type in ("vit", "deit") else {}
+        self.backbone = AutoModel.from_config(config.encoder_config, **pooling)
         self.classifier = nn.Linear(config.hidden_size, config.num_classes, bias=False)
         self.auxiliary_classifier = nn.Linear(config.hidden_size, config.num_classes, bias=False)
 
@@ -88,7 +88,7 @@ class MSEEEncoder(MSEEPreTrainedModel):
         Raises:
             ValueError: the encoder has fewer blocks.
         """
-        depth = self.config.backbone_config.num_hidden_layers
+        depth = self.config.encoder_config.num_hidden_layers
         if not 0 <= count <= depth:
             raise ValueError(f"frozen_backbone_layers: expected 0 to {depth}, got {count}.")
         # Every supported encoder keeps its blocks in one list, whose name differs.
@@ -110,7 +110,7 @@ class MSEEEncoder(MSEEPreTrainedModel):
         check_image(pixel_values, self.config.patch_size)
         height, width = (side // self.config.patch_size for side in pixel_values.shape[-2:])
         interpolate = (
-            {} if self.config.backbone_config.model_type.startswith("dino") else {"interpolate_pos_encoding": True}
+            {} if self.config.encoder_config.model_type.startswith("dino") else {"interpolate_pos_encoding": True}
         )
         output = self.backbone(
             pixel_values, output_hidden_states=True, output_attentions=bool(output_attentions), **interpolate
@@ -183,7 +183,7 @@ class MSEEEncoder(MSEEPreTrainedModel):
         self,
         upright: dict[float, EncoderFeatures],
         mirrored: dict[float, EncoderFeatures],
-        size: Sequence[int],
+        size: tuple[int, ...],
         indices: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Fused main and auxiliary maps (B, P, H, W) of the classes in `indices` (B, P), or of all."""
@@ -192,7 +192,7 @@ class MSEEEncoder(MSEEPreTrainedModel):
             views = (upright[scale], flipped)
             main.append(self._view_scores([view.features for view in views], self.classifier, indices))
             auxiliary.append(self._view_scores([view.auxiliary for view in views], self.auxiliary_classifier, indices))
-        return fuse_activation_maps(main, tuple(size)), fuse_activation_maps(auxiliary, tuple(size))
+        return fuse_activation_maps(main, size), fuse_activation_maps(auxiliary, size)
 
     @torch.no_grad()
     def labelled_activation_maps(self, features: Tensor, labels: Tensor) -> Tensor:

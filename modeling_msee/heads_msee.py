@@ -1,5 +1,7 @@
 """What stands on the encoder: the segmentation decoder and the projection head of the class-token contrast (§5.1)."""
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,10 +14,10 @@ class MSEEDecoder(nn.Module):
     def __init__(self, config: MSEEConfig):
         super().__init__()
         channels, dilation = config.decoder_channels, config.decoder_dilation
-        dilated = {"kernel_size": 3, "padding": dilation, "dilation": dilation, "bias": False}
+        dilated: dict[str, Any] = {"kernel_size": 3, "padding": dilation, "dilation": dilation, "bias": False}
         self.conv1 = nn.Conv2d(config.hidden_size, channels, **dilated)
         self.conv2 = nn.Conv2d(channels, channels, **dilated)
-        self.classifier = nn.Conv2d(channels, config.num_labels, kernel_size=1, bias=False)
+        self.classifier = nn.Conv2d(channels, len(config.label_names), kernel_size=1, bias=False)
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, D, h, w) -> (B, K, h, w)."""

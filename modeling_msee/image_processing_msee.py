@@ -145,6 +145,9 @@ class MSEEImageProcessor(TorchvisionBackend):
     do_rescale = do_normalize = True
     rescale_factor = 1 / 255
 
+    def __init__(self, **kwargs: Unpack[MSEEImageProcessorKwargs]):
+        super().__init__(**kwargs)  # type: ignore[misc]  # declared for the library's own keywords only
+
     def preprocess(
         self, images: ImageInput, segmentation_maps: Any = None, **kwargs: Unpack[MSEEImageProcessorKwargs]
     ) -> BatchFeature:

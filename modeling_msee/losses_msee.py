@@ -19,7 +19,8 @@ def feature_distillation_loss(student: Tensor, teacher: Tensor, beta: float = 2.
     Args:
         student, teacher: (B, D, h, w).
         beta: where the quadratic part ends.
-        distance: "vector" takes the L2 norm over channels, as printed; "elementwise" the mean of the channels' smooth l1.
+        distance: "vector" takes the L2 norm over channels, as printed; "elementwise" the mean of the channels' smooth
+            l1.
 
     Returns:
         (B, h, w), at least 0.
@@ -136,8 +137,8 @@ def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return 0.5 * (halves[0] + halves[1])
 
 
-# The permutohedral lattice of the published code returns this share of the exact Gaussian sum (0.526 of the filter, 0.53
-# to 0.54 of the gradient on the reference cases); with it the published weight keeps its meaning.
+# The permutohedral lattice of the published code returns this share of the exact Gaussian sum (0.526 of the filter,
+# 0.53 to 0.54 of the gradient on the reference cases); with it the published weight keeps its meaning.
 LATTICE_SHARE = 0.53
 
 
@@ -153,9 +154,9 @@ def dense_energy_loss(
 ) -> Tensor:
     """Dense energy of the segmentation (RRM [1], as the baseline uses it): alike pixels should share a class.
 
-    -weight / B Σ_p gate_p S_p · (K S)_p at `scale`, with S the probabilities inside the box and K the bilateral kernel. The
-    gate, 1 - max_c S_c inside the box and 1 where the label is ignored, and K are constants of the gradient, which is
-    -2 · gate · (K S) · inside / B.
+    -weight / B Σ_p gate_p S_p · (K S)_p at `scale`, with S the probabilities inside the box and K the bilateral
+    kernel. The gate, 1 - max_c S_c inside the box and 1 where the label is ignored, and K are constants of the
+    gradient, which is -2 · gate · (K S) · inside / B.
 
     Args:
         image: (B, 3, H, W), colours in [0, 255].

@@ -46,8 +46,8 @@ class MSEEOutput(SemanticSegmenterOutput):
         class_logits, auxiliary_class_logits: image-level scores (B, K - 1) of the two classifiers.
         activation_maps: Eq. 1 maps of the labelled classes at the original scale (B, K - 1, h, w).
         regions: reliable regions (B, h, w), one per scale factor (Eq. 3 and 4), once M-SEE has started.
-        diagnostics: what the M-SEE term sees: shares of positions selected and of labelled classes with a seed, feature
-            norm, mean distance.
+        diagnostics: what the M-SEE term sees: shares of positions selected and of labelled classes with a seed,
+            feature norm, mean distance.
     """
 
     losses: dict[str, Tensor] | None = None
@@ -71,7 +71,7 @@ class TrainingViews:
 
 
 class MSEEForWeaklySupervisedSegmentation(MSEEEncoder):
-    """ViT encoder with two image-level classifiers and a segmentation decoder, trained from image-level labels (§3)."""
+    """ViT encoder with two image-level classifiers and a segmentation decoder, trained from image-level labels, §3."""
 
     # The loss is an average over the batch, so gradient accumulation must divide it.
     accepts_loss_kwargs = False
@@ -159,7 +159,7 @@ class MSEEForWeaklySupervisedSegmentation(MSEEEncoder):
         labels = checked_labels(labels, pixel_values, self.config)
         output.class_logits = self.class_logits(student.features, self.classifier)
         output.auxiliary_class_logits = self.class_logits(student.auxiliary, self.auxiliary_classifier)
-        output.losses = {
+        losses = output.losses = {
             "classification": F.multilabel_soft_margin_loss(output.class_logits, labels),
             "auxiliary_classification": F.multilabel_soft_margin_loss(output.auxiliary_class_logits, labels),
         }
@@ -174,8 +174,8 @@ class MSEEForWeaklySupervisedSegmentation(MSEEEncoder):
             active={name for name, (weight, start) in terms.items() if weight > 0 and (step is None or step >= start)},
             main_activation=step is None or step >= self.config.main_activation_start_step,
         )
-        self._training_terms(pixel_values, labels, views, student, output)
-        output.loss = sum(weight * output.losses[name] for name, (weight, _) in terms.items())
+        self._training_terms(pixel_values, labels, views, student, logits, losses, output)
+        output.loss = sum((weight * losses[name] for name, (weight, _) in terms.items()), start=labels.new_zeros(()))
         output.activation_maps = self.labelled_activation_maps(student.features, labels)
         return output
 
@@ -205,12 +205,13 @@ class MSEEForWeaklySupervisedSegmentation(MSEEEncoder):
         labels: Tensor,
         views: TrainingViews,
         student: EncoderFeatures,
+        logits: Tensor,
+        losses: dict[str, Tensor],
         output: MSEEOutput,
     ) -> None:
-        """Fill the output with the terms beyond the class losses (§3; the baseline's in the order of its cost)."""
+        """Add the terms beyond the class losses (§3; the baseline's in the order of its cost)."""
         # An idle head gets a zero gradient instead of none, which distributed training needs.
-        zero = 0.0 * (output.logits.float().sum() + self.projection(student.class_token).float().sum())
-        losses = output.losses
+        zero = 0.0 * (logits.float().sum() + self.projection(student.class_token).float().sum())
         losses |= dict.fromkeys(("patch_contrast", "class_contrast", "segmentation", "energy", "msee"), zero)
         fused = bool(views.active & {"patch_contrast", "class_contrast", "segmentation", "energy"})
         teachers = self.config.scale_factors if "msee" in views.active else ()
@@ -227,11 +228,11 @@ class MSEEForWeaklySupervisedSegmentation(MSEEEncoder):
             if views.active & {"segmentation", "energy"}:
                 seeds = maps if views.main_activation else auxiliary_maps
                 targets = restore_classes(self._refined(pixel_values, seeds, present, views.box), indices)
-                losses |= self._pixel_losses(pixel_values, output.logits, targets, views)
+                losses |= self._pixel_losses(pixel_values, logits, targets, views)
         if self.config.classify_scaled_images and teachers:
             self._average_class_losses([upright[scale] for scale in teachers], labels, losses)
         if "msee" in views.active:
-            self._add_msee(upright, labels, views.box, output)
+            self._add_msee(upright, labels, views.box, logits, losses, output)
 
     def _patch_contrast(self, features: Tensor, maps: Tensor, present: Tensor, box: Tensor) -> Tensor:
         """Patch-token contrast; pseudo relations come from the auxiliary maps on the token grid."""
@@ -297,15 +298,21 @@ class MSEEForWeaklySupervisedSegmentation(MSEEEncoder):
             losses[name] = torch.stack(terms).mean()
 
     def _add_msee(
-        self, upright: dict[float, EncoderFeatures], labels: Tensor, box: Tensor, output: MSEEOutput
+        self,
+        upright: dict[float, EncoderFeatures],
+        labels: Tensor,
+        box: Tensor,
+        logits: Tensor,
+        losses: dict[str, Tensor],
+        output: MSEEOutput,
     ) -> None:
         """Multi-scale encoder enhancement, §3.1 to §3.3, and what it saw."""
         config = self.config
-        with full_precision(output.logits):
+        with full_precision(logits):
             student = upright[1.0].features.float()
             teachers = [upright[scale].features.float() for scale in config.scale_factors]
             grid = student.shape[-2:]
-            segmentation = output.logits.detach().argmax(dim=1)
+            segmentation = logits.detach().argmax(dim=1)
             maps = [
                 F.interpolate(
                     self.labelled_activation_maps(teacher, labels),
@@ -320,7 +327,7 @@ class MSEEForWeaklySupervisedSegmentation(MSEEEncoder):
             output.regions = [region & inside for region in regions]
             if not config.teacher_gradient:
                 teachers = [teacher.detach() for teacher in teachers]
-            output.losses["msee"] = msee_loss(
+            losses["msee"] = msee_loss(
                 student, teachers, output.regions, config.beta, config.distance, config.msee_loss_reduction
             )
             output.diagnostics = self._diagnostics(student, teachers, output.regions, segmentation, labels)

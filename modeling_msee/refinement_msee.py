@@ -15,8 +15,8 @@ def pixel_adaptive_refinement(
 ) -> Tensor:
     """Average masks over pixels that look alike: each step replaces a pixel by a weighted mean of its neighbours.
 
-    The neighbours are the eight directions at every dilation. Weights are a softmax of the colour distance in units of the
-    local standard deviation, plus 0.01 times one of the distance in pixels; they sum to 1.01, as in the reference.
+    The neighbours are the eight directions at every dilation. Weights are a softmax of the colour distance in units of
+    the local standard deviation, plus 0.01 times one of the distance in pixels; they sum to 1.01, as in the reference.
 
     Args:
         image: (B, 3, H, W), in one fixed range per channel.
@@ -84,8 +84,8 @@ def refined_pseudo_labels(
         maps: activation maps (B, C, H, W) in [0, 1].
         labels: multi-hot (B, C).
         box: valid box per image (B, 4) in pixels; ignored outside.
-        high, low: the two background scores. Background where both say background, ignored where only the high one does,
-            otherwise the class that the high one gives.
+        high, low: the two background scores. Background where both say background, ignored where only the high one
+            does, otherwise the class that the high one gives.
 
     Returns:
         (B, H, W) int64, 0 background, c + 1 class c, 255 ignored.
@@ -121,8 +121,8 @@ def _refine_present(
     return torch.where(with_high == 0, uncertain, with_high)
 
 
-# Taps of the grid's five-tap blur, a least-squares fit (over distances and positions between nodes) of splat, blur and slice to
-# exp(-d²/2) at a node spacing of 0.9 standard deviations.
+# Taps of the grid's five-tap blur, a least-squares fit (over distances and positions between nodes) of splat, blur and
+# slice to exp(-d²/2) at a node spacing of 0.9 standard deviations.
 NODE_SPACING = 0.9
 BLUR_TAPS = (1.14813618, 0.68502706, 0.12903454)  # at distance 0, 1 and 2
 
@@ -130,9 +130,9 @@ BLUR_TAPS = (1.14813618, 0.68502706, 0.12903454)  # at distance 0, 1 and 2
 def bilateral_filter(image: Tensor, values: Tensor, sigma_rgb: float, sigma_xy: float) -> Tensor:
     """Sum of the values of all pixels, weighted with a Gaussian of the distance in colour and place.
 
-    out(p) = Σ_q exp(-|rgb_p - rgb_q|² / 2σ_rgb² - |xy_p - xy_q|² / 2σ_xy²) values(q), on a five-dimensional grid (splat,
-    blur, slice) in time linear in the number of pixels. On photographs and flat colours the result is within 5 % of the
-    exact sum in total and above 0.999 in cosine.
+    out(p) = Σ_q exp(-|rgb_p - rgb_q|² / 2σ_rgb² - |xy_p - xy_q|² / 2σ_xy²) values(q), on a five-dimensional grid
+    (splat, blur, slice) in time linear in the number of pixels. On photographs and flat colours the result is within
+    5 % of the exact sum in total and above 0.999 in cosine.
 
     Args:
         image: (B, 3, H, W), in units of sigma_rgb.

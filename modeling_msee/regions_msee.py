@@ -1,12 +1,12 @@
 """Reliable discriminative regions: confidence thresholds (Eq. 2) and binary masks (Eq. 3 and 4).
 
 Modes, where Eq. 2 leaves open which values are averaged and compared:
-    per_class       one threshold per image and class: the mean of the class's map over the pixels that the decoder gives
-                    to the class; a position is selected if any labelled class exceeds its own threshold.
-    per_image       one threshold per image: the mean over all (class, pixel) pairs of that kind; compared with the largest
-                    map of the labelled classes.
-    per_image_max   one threshold per image: the mean of the largest labelled map over the pixels that the decoder gives to
-                    any labelled class; compared with that largest map.
+    per_class       one threshold per image and class: the mean of the class's map over the pixels that the decoder
+                    gives to the class; a position is selected if any labelled class exceeds its own threshold.
+    per_image       one threshold per image: the mean over all (class, pixel) pairs of that kind; compared with the
+                    largest map of the labelled classes.
+    per_image_max   one threshold per image: the mean of the largest labelled map over the pixels that the decoder
+                    gives to any labelled class; compared with that largest map.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,8 @@ def confidence_thresholds(maps: Tensor, segmentation: Tensor, labels: Tensor, mo
         mode: see the head of this file.
 
     Returns:
-        (B, C) for `per_class`, else (B,). NaN where there is no seed pixel: nothing exceeds it, so nothing is selected.
+        (B, C) for `per_class`, else (B,). NaN where there is no seed pixel: nothing exceeds it, so nothing is
+        selected.
 
     Raises:
         ValueError: an unknown mode.
@@ -42,7 +43,10 @@ def confidence_thresholds(maps: Tensor, segmentation: Tensor, labels: Tensor, mo
 
 
 def seed_regions(segmentation: Tensor, labels: Tensor) -> Tensor:
-    """Seeds of the labelled classes: label map (B, h, w) or scores (B, C + 1, h, w), labels (B, C) -> (B, C, h, w) of 0/1."""
+    """Seeds of the labelled classes, (B, C, h, w) of 0/1.
+
+    From a label map (B, h, w) or scores (B, C + 1, h, w), and labels (B, C).
+    """
     label_map = segmentation.argmax(dim=1) if segmentation.ndim == 4 else segmentation
     classes = torch.arange(1, labels.shape[1] + 1, device=label_map.device)[None, :, None, None]
     return ((label_map[:, None] == classes) & (labels[:, :, None, None] > 0)).float()

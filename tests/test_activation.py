@@ -169,7 +169,7 @@ def test_local_crops():
 def test_local_crops_avoid_certain_foreground():
     image, mask = torch.zeros(1, 3, 6, 6), torch.full((1, 6, 6), 2)
     mask[0, 2, 3] = mask[0, 4, 1] = 1
-    crops, positive, top_left = local_crops(image, mask, 2, torch.tensor([[0.1, 0.6]]))
+    _, positive, top_left = local_crops(image, mask, 2, torch.tensor([[0.1, 0.6]]))
     assert top_left[0].tolist() == [[1, 2], [3, 0]]
     assert positive.all()
     # Fewer candidates than crops: every centre counts.

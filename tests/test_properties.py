@@ -1,4 +1,7 @@
-"""Whatever the shapes, labels, scales and boxes: maps, regions, losses, refinement and the training step are finite."""
+"""Whatever the shapes, labels, scales and boxes.
+
+Maps, regions, losses, refinement and the training step are finite.
+"""
 
 import math
 

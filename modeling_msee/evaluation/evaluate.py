@@ -48,7 +48,8 @@ def evaluate(
     """
     model.eval()
     names = [*MAP_NAMES, CRF_NAME] if crf else list(MAP_NAMES)
-    total = np.zeros((len(names), model.config.num_labels, model.config.num_labels), dtype=np.int64)
+    classes = len(model.config.label_names)
+    total = np.zeros((len(names), classes, classes), dtype=np.int64)
     stream = _scored_images(model, samples)
     if crf:
         _add_with_crf(total, stream, crf_workers)

@@ -18,7 +18,10 @@ MAP_NAMES = ("CAM", "Auxiliary CAM", "Seg")
 
 @dataclass(frozen=True)
 class ImageScores:
-    """Confusion matrices (3, K, K) in the order of `MAP_NAMES` and the decoder's probabilities (K, H, W) at full size."""
+    """Confusion matrices (3, K, K) in the order of `MAP_NAMES`, and the decoder's probabilities.
+
+    The probabilities (K, H, W) are at full size.
+    """
 
     matrices: np.ndarray
     probabilities: Tensor
@@ -30,9 +33,9 @@ def score_image(
 ) -> ImageScores:
     """Score one image against its label map.
 
-    The CAM is the fused one over `config.activation_scale_factors` and mirror images, restricted to the image-level labels
-    (as the baseline's public logs report it) and split at `config.background_threshold`; the segmentation is one scale
-    without mirroring (§4).
+    The CAM is the fused one over `config.activation_scale_factors` and mirror images, restricted to the image-level
+    labels (as the baseline's public logs report it) and split at `config.background_threshold`; the segmentation is
+    one scale without mirroring (§4).
 
     Args:
         pixel_values: (1, 3, h, w), on the model's device.
@@ -51,6 +54,6 @@ def score_image(
         split = activation_to_labels(resized, present, model.config.background_threshold)
         predictions.append(restore_classes(split, indices)[0])
     predictions.append(probabilities.argmax(dim=0))
-    truth, classes = target.cpu().numpy(), model.config.num_labels
+    truth, classes = target.cpu().numpy(), len(model.config.label_names)
     matrices = [confusion_matrix(prediction.cpu().numpy(), truth, classes) for prediction in predictions]
     return ImageScores(np.stack(matrices), probabilities)

@@ -23,7 +23,9 @@ def explain(
     labels: Tensor,
     target: np.ndarray | None = None,
 ) -> list[Panel]:
-    """Panels: image, CAM at every scale (Eq. 1), reliable regions (Eq. 3, 4), pseudo label, segmentation, ground truth.
+    """What the model sees in an image, and its ground truth.
+
+    Panels: image, CAM at every scale (Eq. 1), reliable regions (Eq. 3, 4), pseudo label, segmentation, ground truth.
 
     Args:
         image: RGB.

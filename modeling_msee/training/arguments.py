@@ -22,8 +22,8 @@ class DataArguments:
     """Where the images come from and how they are cut.
 
     Args:
-        dataset: a folder of Parquet files or of `save_to_disk`, or a Hub repository, in the form that `datasets_scripts`
-            writes.
+        dataset: a folder of Parquet files or of `save_to_disk`, or a Hub repository, in the form that
+            `datasets_scripts` writes.
         train_split: split to train on; its masks, if it has any, are never read.
         eval_split: split to score, with masks; `none` trains without evaluation.
         crop_size: side of a training image in pixels.
@@ -63,8 +63,8 @@ class MSEETrainingArguments(TrainingArguments):
     """Training arguments of the Hugging Face Trainer with the paper's defaults (§5.1), and a few of our own.
 
     Args:
-        effective_batch_size: images per optimiser step over all processes and accumulation steps. The batch of one process
-            follows from it, so the number of processes does not change the result.
+        effective_batch_size: images per optimiser step over all processes and accumulation steps. The batch of one
+            process follows from it, so the number of processes does not change the result.
         head_learning_rate_multiplier: learning rate of the heads in units of `learning_rate`.
         crf: score Seg + CRF after training, too.
 
@@ -76,7 +76,8 @@ class MSEETrainingArguments(TrainingArguments):
     effective_batch_size: int = 4
     head_learning_rate_multiplier: float = 10.0
     crf: bool = False
-    per_device_train_batch_size: int | None = None
+    # None, which the library does not foresee, until `__post_init__` derives it from the effective batch size.
+    per_device_train_batch_size: int | None = None  # type: ignore[assignment]
     per_device_eval_batch_size: int = 1
     learning_rate: float = 6e-5
     weight_decay: float = 0.01
@@ -87,7 +88,7 @@ class MSEETrainingArguments(TrainingArguments):
     save_steps: float = 2000
     save_total_limit: int | None = 2
     dataloader_num_workers: int = 4
-    remove_unused_columns: bool | None = False
+    remove_unused_columns: bool = False
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
     batch_eval_metrics: bool = True
     report_to: str | list[str] = "default"

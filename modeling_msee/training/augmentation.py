@@ -1,10 +1,11 @@
 """The baseline's augmentation (design of ToCo): one training image, a second global view, the source of local views.
 
-Every draw comes from a seed given per sample and epoch, so that a run can be resumed or spread over processes and workers
-without changing what any sample looks like.
+Every draw comes from a seed given per sample and epoch, so that a run can be resumed or spread over processes and
+workers without changing what any sample looks like.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,10 @@ REFERENCE_CROP_SIZE = 448  # pixels, the side of the published recipes
 
 @dataclass(frozen=True)
 class AugmentedSample:
-    """Views of one image: (3, S, S) float32, normalised; box (4,) top, bottom, left, right of the part that is no padding."""
+    """Views of one image: (3, S, S) float32, normalised.
+
+    The box (4,) is top, bottom, left, right of the part that is no padding.
+    """
 
     pixel_values: Tensor
     global_view: Tensor
@@ -44,8 +48,8 @@ class TrainingAugmentation:
         crop_size: int,
         rescale: tuple[float, float],
         local_crop_count: int,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        mean: Sequence[float],
+        std: Sequence[float],
     ):
         self.crop_size = crop_size
         self.rescale = rescale

@@ -10,8 +10,8 @@ POLYNOMIAL_POWER = 0.9
 def learning_rate_factor(step: int, warmup_steps: int, max_steps: int) -> float:
     """Share of the peak learning rate at a step, in [0, 1].
 
-    Linear from 1e-6 during the warm-up, then (1 - step / max_steps) ** 0.9, which is not rebased where the warm-up ends;
-    the last step's value holds from there on.
+    Linear from 1e-6 during the warm-up, then (1 - step / max_steps) ** 0.9, which is not rebased where the warm-up
+    ends; the last step's value holds from there on.
     """
     if step < warmup_steps:
         return 1 - (1 - step / warmup_steps) * (1 - WARMUP_RATIO)

@@ -1,6 +1,7 @@
 """The Hugging Face Trainer with M-SEE's optimisation, step-dependent loss, logging and evaluation."""
 
 from collections import defaultdict
+from collections.abc import Sized
 
 import numpy as np
 import torch
@@ -44,9 +45,12 @@ class MSEETrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """The reference's warm-up and polynomial decay."""
+        optimizer = self.optimizer if optimizer is None else optimizer
+        if optimizer is None:
+            raise ValueError("expected an optimizer, got None; call create_optimizer first.")
         warmup = self.args.get_warmup_steps(num_training_steps)
         self.lr_scheduler = LambdaLR(
-            self.optimizer if optimizer is None else optimizer,
+            optimizer,
             lambda step: learning_rate_factor(step, warmup, num_training_steps),
         )
         self._created_lr_scheduler = True
@@ -91,6 +95,8 @@ class MSEETrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
         train_dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(train_dataset, Sized):
+            raise TypeError(f"train_dataset: expected one with a length, got {type(train_dataset).__name__}.")
         sampler = EpochSampler(len(train_dataset), self.args.effective_batch_size, self.args.seed)
         self.remove_callback(SampleOrder)
         self.add_callback(SampleOrder(sampler))
@@ -121,7 +127,8 @@ class StreamingScores:
         self.total: Tensor | None = None
 
     def __call__(self, batch: EvalPrediction, compute_result: bool) -> dict[str, float]:
-        matrices = batch.predictions.sum(dim=0)
+        # Declared as an array; tensors arrive here because of `batch_eval_metrics`.
+        matrices = torch.as_tensor(batch.predictions).sum(dim=0)
         self.total = matrices if self.total is None else self.total + matrices
         if not compute_result:
             return {}
