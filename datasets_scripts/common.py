@@ -6,6 +6,7 @@ Class indices: foreground class c in 0..C-1 (`labels`) is the mask value c + 1; 
 
 import argparse
 import difflib
+import hashlib
 import io
 import os
 import re
@@ -63,13 +64,17 @@ class Split:
 
 @dataclass(frozen=True)
 class SplitSummary:
-    """Counts of a written split; `per_class[c]` is the number of images tagged with class c."""
+    """Counts of a written split.
+
+    `per_class[c]` is the number of images tagged with class c; `digest`, of the content, stands in the file names.
+    """
 
     name: str
     images: int
     per_class: tuple[int, ...]
     unlabelled: int
     with_masks: bool
+    digest: str
     dropped: Mapping[str, int]
 
 
@@ -303,11 +308,17 @@ def _write_split(folder: Path, class_names: tuple[str, ...], split: Split) -> Sp
     if not seen:
         raise ValueError(f"split {split.name} has no image; leave it out or check its list")
     counts = tuple(int(count) for count in per_class)
-    return SplitSummary(split.name, len(seen), counts, unlabelled, split.with_masks, dict(split.dropped))
+    return SplitSummary(
+        split.name, len(seen), counts, unlabelled, split.with_masks, writer.digest, dict(split.dropped)
+    )
 
 
 class _ShardWriter:
-    """Streams examples to `<split>-00000-of-0000N.parquet`, never holding more than one row group."""
+    """Streams examples to `<split>-00000-of-0000N-<digest>.parquet`, never holding more than one row group.
+
+    The digest of the content is in the name because `load_dataset` takes its cache for a folder with the same file
+    names, whatever is in them: a data set written anew would silently give the old images.
+    """
 
     def __init__(self, folder: Path, split: str, features: Features) -> None:
         self._folder, self._split, self._features = folder, split, features
@@ -315,6 +326,7 @@ class _ShardWriter:
         self._writer: pq.ParquetWriter | None = None
         self._rows: list[Example] = []
         self._row_bytes = self._shard_bytes = 0
+        self._content = hashlib.sha256(repr(features).encode())
 
     def __enter__(self) -> "_ShardWriter":
         return self
@@ -325,9 +337,17 @@ class _ShardWriter:
         self._close()
         if kind is None:
             for index, shard in enumerate(self._shards):
-                shard.rename(self._folder / f"{self._split}-{index:05d}-of-{len(self._shards):05d}.parquet")
+                number = f"{index:05d}-of-{len(self._shards):05d}"
+                shard.rename(self._folder / f"{self._split}-{number}-{self.digest}.parquet")
+
+    @property
+    def digest(self) -> str:
+        """Of all examples added so far and of the columns they have."""
+        return self._content.hexdigest()[:16]
 
     def add(self, example: Example) -> None:
+        self._content.update(repr((example.image_id, example.labels)).encode())
+        self._content.update(hashlib.sha256(example.image).digest() + hashlib.sha256(example.mask or b"").digest())
         self._rows.append(example)
         self._row_bytes += len(example.image) + len(example.mask or b"")
         if len(self._rows) >= ROW_GROUP_ROWS or self._row_bytes >= ROW_GROUP_BYTES:
@@ -374,7 +394,9 @@ def _readme(title: str, class_names: tuple[str, ...], splits: Sequence[SplitSumm
         configs=[
             {
                 "config_name": "default",
-                "data_files": [{"split": split.name, "path": f"data/{split.name}-*.parquet"} for split in splits],
+                "data_files": [
+                    {"split": split.name, "path": f"data/{split.name}-*-{split.digest}.parquet"} for split in splits
+                ],
             }
         ],
     )

@@ -65,27 +65,30 @@ def _arc(x: float, y: float, rx: float, ry: float, start: float = 0.0, stop: flo
     return np.stack([x + rx * np.cos(angle), y + ry * np.sin(angle)], axis=1)
 
 
+# Patterns, in pixels of a scene of 96: as real textures, they do not grow with the object.
+
+
 def _horizontal_stripes(x: Array, y: Array) -> NDArray[np.bool_]:
-    return np.floor(y / 0.16) % 2 == 0
+    return np.floor(y / 3.2) % 2 == 0
 
 
 def _vertical_stripes(x: Array, y: Array) -> NDArray[np.bool_]:
-    return np.floor(x / 0.18) % 2 == 0
+    return np.floor(x / 3.2) % 2 == 0
+
+
+def _diagonal_stripes(x: Array, y: Array) -> NDArray[np.bool_]:
+    return np.floor((x + y) / 4.5) % 2 == 0
 
 
 def _checks(x: Array, y: Array) -> NDArray[np.bool_]:
-    return (np.floor(x / 0.24) + np.floor(y / 0.24)) % 2 == 0
+    return (np.floor(x / 4) + np.floor(y / 4)) % 2 == 0
 
 
 def _dots(x: Array, y: Array) -> NDArray[np.bool_]:
-    row = np.floor(y / 0.26)
-    u = (x / 0.3 + 0.5 * (row % 2)) % 1 - 0.5
-    v = (y / 0.26) % 1 - 0.5
-    return (0.3 * u) ** 2 + (0.26 * v) ** 2 < 0.1**2
-
-
-def _sectors(x: Array, y: Array) -> NDArray[np.bool_]:
-    return np.floor(np.degrees(np.arctan2(y - 0.05, x)) / 22.5) % 2 == 0
+    row = np.floor(y / 6)
+    u = (x / 7 + 0.5 * (row % 2)) % 1 - 0.5
+    v = (y / 6) % 1 - 0.5
+    return (7 * u) ** 2 + (6 * v) ** 2 < 2.2**2
 
 
 def _wave(start: tuple[float, float], length: float, amplitude: float) -> Array:
@@ -132,7 +135,7 @@ SHAPES: tuple[Shape, ...] = (
         "umbrella",
         body=(_arc(0, 0.05, 1, 0.9, 180, 360),),
         thin=(np.concatenate([_points((0, 0.05), (0, 0.75)), _arc(0.18, 0.78, 0.18, 0.2, 180, 0)]),),
-        pattern=_sectors,
+        pattern=_diagonal_stripes,
     ),
 )
 CLASS_NAMES: tuple[str, ...] = tuple(shape.name for shape in SHAPES)
@@ -275,8 +278,13 @@ def _average(fine: Array, height: int, width: int) -> Array:
     return fine.reshape(height, SUPERSAMPLING, width, SUPERSAMPLING, *fine.shape[2:]).mean(axis=(1, 3))
 
 
-def _draw_object(rng: np.random.Generator, picture: Array, placed: Placed, line_width: float) -> NDArray[np.bool_]:
-    """Draw onto the (H, W, 3) picture in place; returns the (H, W) pixels that are at least half covered."""
+def _draw_object(
+    rng: np.random.Generator, picture: Array, placed: Placed, line_width: float, pixel: float
+) -> NDArray[np.bool_]:
+    """Draw onto the (H, W, 3) picture in place; returns the (H, W) pixels that are at least half covered.
+
+    Lines are `line_width` pixels wide; `pixel` is the size of a pixel of a scene of 96.
+    """
     height, width = picture.shape[:2]
     body = _coverage([placed.to_pixels(points) for points in placed.shape.body], height, width)
     thin = _coverage([placed.to_pixels(points) for points in placed.shape.thin], height, width, line_width) & ~body
@@ -285,7 +293,7 @@ def _draw_object(rng: np.random.Generator, picture: Array, placed: Placed, line_
     covered = _average((body | thin).astype(np.float64), height, width)
     behind = picture[covered >= 0.5].mean(axis=0)
     farther = tones[int(np.abs(tones - behind).sum(axis=1).argmax())]  # else a thin part could vanish
-    pattern = placed.shape.pattern(*placed.to_unit(x, y))
+    pattern = placed.shape.pattern(*(axis * placed.scale / pixel for axis in placed.to_unit(x, y)))
     colour = np.where(body[..., None], tones[pattern.astype(np.int64)], farther) * (body | thin)[..., None]
     picture *= 1 - covered[..., None]
     picture += _average(colour, height, width)
@@ -295,14 +303,15 @@ def _draw_object(rng: np.random.Generator, picture: Array, placed: Placed, line_
 def draw_scene(rng: np.random.Generator, height: int, width: int) -> tuple[NDArray[np.uint8], Mask]:
     """A random scene: (H, W, 3) picture and (H, W) mask of 0 (background) and class index + 1."""
     layout = _layout(rng, height, width)
+    pixel = min(height, width) / 96
     picture = _background(rng, height, width)
     mask = np.zeros((height, width), dtype=np.uint8)
     for index, placed, box in layout:
-        line_width = float(np.clip(0.07 * placed.scale, 1.25, 3.0) * max(min(height, width) / 96, 1.0))
+        line_width = float(np.clip(0.07 * placed.scale, 1.25, 3.0) * max(pixel, 1.0))
         left, top = (max(int(low - line_width), 0) for low in box[:2])
         window = np.s_[top : int(box[3] + line_width) + 1, left : int(box[2] + line_width) + 1]
         moved = replace(placed, x=placed.x - left, y=placed.y - top)
-        mask[window][_draw_object(rng, picture[window], moved, line_width)] = index + 1
+        mask[window][_draw_object(rng, picture[window], moved, line_width, pixel)] = index + 1
     picture += rng.normal(0, 0.015, size=picture.shape)
     return np.round(np.clip(picture, 0, 1) * 255).astype(np.uint8), mask
 

@@ -56,7 +56,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def rows(output: Path, split: str) -> list[dict]:
-    return pq.read_table(output / "data" / f"{split}-00000-of-00001.parquet").to_pylist()
+    return pq.read_table(next((output / "data").glob(f"{split}-00000-of-00001-*.parquet"))).to_pylist()
 
 
 def mask_of(data: bytes | None) -> np.ndarray:

@@ -56,7 +56,7 @@ def pack(root: Path) -> Path:
 
 
 def rows(output: Path, split: str) -> list[dict]:
-    return pq.read_table(output / "data" / f"{split}-00000-of-00001.parquet").to_pylist()
+    return pq.read_table(next((output / "data").glob(f"{split}-00000-of-00001-*.parquet"))).to_pylist()
 
 
 def check_written(root: Path, output: Path) -> None:
