@@ -12,6 +12,7 @@ from .data.contract import check_class_names, load_split
 from .evaluation.evaluate import PROTOCOL, evaluate
 from .evaluation.samples import EvaluationSamples
 from .evaluation.tables import format_table, write_metrics
+from .hub.convert import convert_toco_checkpoint
 from .image_processing_msee import MSEEImageProcessor
 from .inference.explain import explain
 from .inference.figures import figure_rows
@@ -48,6 +49,13 @@ def _parser() -> argparse.ArgumentParser:
     drawing.add_argument("--count", type=int, default=8, help="number of images (default: %(default)s)")
     drawing.add_argument("--output", type=Path, required=True, help="folder for the pictures")
     drawing.set_defaults(run=_figures)
+
+    converting = commands.add_parser("convert", help="turn weights of the published baseline (ToCo) into a checkpoint")
+    converting.add_argument("weights", type=Path, help="the .pth file, or an .npz of the same state dict")
+    converting.add_argument("--output", type=Path, required=True, help="folder for the checkpoint")
+    converting.add_argument("--num-attention-heads", type=int, help="of the encoder (default: one per 64 channels)")
+    converting.add_argument("--class-names", nargs="+", help="of the foreground classes (default: class 1 ...)")
+    converting.set_defaults(run=_convert)
     return parser
 
 
@@ -90,6 +98,13 @@ def _figures(arguments: argparse.Namespace) -> None:
     path = arguments.output / f"{arguments.split}.png"
     figure_rows(rows, names, path, f"{Path(arguments.model).name} on {arguments.split}")
     print(f"Written to {path}")
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    model = convert_toco_checkpoint(arguments.weights, arguments.num_attention_heads, arguments.class_names)
+    model.save_pretrained(arguments.output)
+    MSEEImageProcessor(patch_size=model.config.patch_size).save_pretrained(arguments.output)
+    print(f"Written to {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -55,9 +55,10 @@ class MSEEConfig(PreTrainedConfig):
         patch_contrast_loss_weight (0.2), class_contrast_loss_weight (0.5), segmentation_loss_weight (0.1),
         energy_loss_weight (0.05) (`float`):
             The baseline's further terms; 0 switches a term and its cost off.
-        contrast_start_step (0), segmentation_start_step (2000), main_activation_start_step (0) (`int`):
-            First step with the two contrasts; with segmentation and energy; with pseudo labels from the main instead
-            of the auxiliary CAM.
+        patch_contrast_start_step (0), class_contrast_start_step (0), segmentation_start_step (2000) (`int`):
+            First step with each of the two contrasts; with segmentation and energy.
+        main_activation_start_step (`int`, defaults to 0):
+            First step with pseudo labels from the main instead of the auxiliary CAM.
         activation_scale_factors (`tuple[float, ...]`, defaults to `(1.0, 0.5, 1.5)`):
             Scales of the fused CAM that makes pseudo labels; each is also flipped.
         background_threshold, high_threshold, low_threshold (`float` in [0, 1], default to 0.5, 0.7, 0.25):
@@ -108,7 +109,8 @@ class MSEEConfig(PreTrainedConfig):
     class_contrast_loss_weight: float | int = 0.5
     segmentation_loss_weight: float | int = 0.1
     energy_loss_weight: float | int = 0.05
-    contrast_start_step: int = 0
+    patch_contrast_start_step: int = 0
+    class_contrast_start_step: int = 0
     segmentation_start_step: int = 2000
     main_activation_start_step: int = 0
 

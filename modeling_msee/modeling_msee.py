@@ -192,8 +192,8 @@ class MSEEForWeaklySupervisedSegmentation(MSEEEncoder):
         return {
             "classification": (config.classification_loss_weight, 0),
             "auxiliary_classification": (config.auxiliary_classification_loss_weight, 0),
-            "patch_contrast": (config.patch_contrast_loss_weight, config.contrast_start_step),
-            "class_contrast": (config.class_contrast_loss_weight, config.contrast_start_step),
+            "patch_contrast": (config.patch_contrast_loss_weight, config.patch_contrast_start_step),
+            "class_contrast": (config.class_contrast_loss_weight, config.class_contrast_start_step),
             "segmentation": (config.segmentation_loss_weight, config.segmentation_start_step),
             "energy": (config.energy_loss_weight, config.segmentation_start_step),
             "msee": (config.msee_loss_weight if config.scale_factors else 0.0, config.msee_start_step),

@@ -60,7 +60,9 @@ def assert_equal(name, ours, reference):
 @pytest.fixture(scope="module")
 def network(shared):
     # Step 0 of a run in which everything but the class losses starts later: one encoder pass.
-    return reference_network(shared / "golden" / "net_state.npz", contrast_start_step=1)
+    return reference_network(
+        shared / "golden" / "net_state.npz", patch_contrast_start_step=1, class_contrast_start_step=1
+    )
 
 
 @pytest.mark.parametrize("size", ["64x64", "128x96"])  # the second needs a resized position embedding

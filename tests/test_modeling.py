@@ -251,7 +251,7 @@ class TestCost:
         assert self.passes(tiny_model(**{f"{name}_loss_weight": 0.0 for name in weights})) == [self.STUDENT]
 
     def test_before_the_start_steps_too(self, tiny_model):
-        model = tiny_model(contrast_start_step=1)
+        model = tiny_model(patch_contrast_start_step=1, class_contrast_start_step=1)
         assert self.passes(model, step=0) == [self.STUDENT]
 
     def test_no_class_contrast_means_no_views(self, tiny_model):
@@ -281,7 +281,11 @@ class TestCost:
 
     @pytest.mark.parametrize("term", TERMS[:2])
     def test_weight_zero_of_a_class_loss(self, tiny_model, term):
-        output = run(tiny_model(**{f"{term}_loss_weight": 0.0}, contrast_start_step=1), **batch(), step=0)
+        output = run(
+            tiny_model(**{f"{term}_loss_weight": 0.0}, patch_contrast_start_step=1, class_contrast_start_step=1),
+            **batch(),
+            step=0,
+        )
         assert output.loss.item() == pytest.approx((sum(output.losses.values()) - output.losses[term]).item())
 
     @pytest.mark.parametrize("option", ["teacher_gradient", "classify_scaled_images"])
@@ -297,14 +301,19 @@ class TestCost:
 
 
 class TestSteps:
-    STARTS = {"contrast_start_step": 2, "segmentation_start_step": 4, "msee_start_step": 6}
+    STARTS = {
+        "patch_contrast_start_step": 2,
+        "class_contrast_start_step": 3,
+        "segmentation_start_step": 4,
+        "msee_start_step": 6,
+    }
 
     @pytest.mark.parametrize(
         ("step", "started"),
         [
             (0, 2),
             (1, 2),
-            (2, 4),
+            (2, 3),
             (3, 4),
             (4, 6),
             (5, 6),
