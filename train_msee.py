@@ -61,13 +61,11 @@ def main(arguments: list[str]) -> None:
         processing_class=processor,
     )
     write_recipe(recipe, trainer)
-    given = training.resume_from_checkpoint
-    checkpoint = training.last_checkpoint() if given is None else given
-    if checkpoint:
-        print(f"Going on from {checkpoint}")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=training.start())
     if trainer.state.global_step < trainer.state.max_steps:
-        print(f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}.")
+        print(
+            f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; the same command goes on."
+        )
         return
     trainer.save_model()
     trainer.save_state()

@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 AutoConfig.register("msee", MSEEConfig)
 AutoModel.register(MSEEConfig, MSEEForWeaklySupervisedSegmentation)
 AutoModelForSemanticSegmentation.register(MSEEConfig, MSEEForWeaklySupervisedSegmentation)
-AutoImageProcessor.register(MSEEConfig, MSEEImageProcessor)
+AutoImageProcessor.register(MSEEConfig, image_processor_classes={"torchvision": MSEEImageProcessor})
 
 __all__ = [
     "MSEEConfig",

@@ -16,6 +16,7 @@ from modeling_msee.training.arguments import (
     parse_overrides,
     parse_recipe,
 )
+from modeling_msee.training.checkpoints import mark_complete
 
 
 pytest_plugins = ["training_fixtures"]
@@ -220,10 +221,17 @@ def test_tensorboard_where_installed(tiny_recipe: Path, monkeypatch: pytest.Monk
     assert parse(tiny_recipe, "--report_to", "none").training.report_to == []
 
 
-def test_last_checkpoint(tmp_path: Path, tiny_recipe: Path) -> None:
+def test_where_a_run_starts(tmp_path: Path, tiny_recipe: Path) -> None:
     output = tmp_path / "run"
-    training = parse(tiny_recipe, "--output_dir", output).training
-    assert training.last_checkpoint() is None  # not even the folder
     for step in (20, 100):
         (output / f"checkpoint-{step}").mkdir(parents=True)
-    assert training.last_checkpoint() == str(output / "checkpoint-100")
+        mark_complete(output / f"checkpoint-{step}")
+
+    def start(*words: str) -> str | None:
+        return parse(tiny_recipe, "--output_dir", output, *words).training.start()
+
+    assert start() == start("--resume_from_checkpoint", "true") == str(output / "checkpoint-100")
+    assert start("--resume_from_checkpoint", "false") is None
+    assert start("--resume_from_checkpoint", str(output / "checkpoint-20")) == str(output / "checkpoint-20")
+    with pytest.raises(ValueError, match="does not exist"):
+        start("--resume_from_checkpoint", str(output / "checkpoint-30"))

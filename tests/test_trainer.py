@@ -19,7 +19,7 @@ from modeling_msee import MSEEConfig, MSEEForWeaklySupervisedSegmentation, MSEEI
 from modeling_msee.cli import main
 from modeling_msee.data.contract import load_split, read_image
 from modeling_msee.training.arguments import parse_recipe
-from modeling_msee.training.trainer import AveragedHead
+from modeling_msee.training.callbacks import AveragedHead
 
 
 pytest_plugins = ["training_fixtures"]
@@ -256,14 +256,14 @@ def test_run_can_start_anew(trained, train, step_log, six_steps, tmp_path) -> No
 
 
 def test_interrupted_run_is_not_scored(train, step_log, monkeypatch, capsys) -> None:
-    """As after SIGTERM with `enable_jit_checkpoint`, when training returns as if it were done."""
+    """As after SIGTERM, when training returns as if it were done."""
 
     def stop(self, args, state, control, **kwargs):
         control.should_training_stop = state.global_step == 2
 
     monkeypatch.setattr(AveragedHead, "on_step_end", stop)
     output = train("run")
-    assert "Stopped at step 2 of 4" in capsys.readouterr().out
+    assert "Stopped after step 2 of 4" in capsys.readouterr().out
     assert not (output / "metrics.json").exists() and not (output / "model.safetensors").exists()
 
 

@@ -53,7 +53,6 @@ RECIPE = {
     "segmentation_start_step": 1,
     "msee_start_step": 2,
     "dataloader_num_workers": 0,
-    "dataloader_pin_memory": False,
     "logging_steps": 1,
     "save_strategy": "no",
     "report_to": [],

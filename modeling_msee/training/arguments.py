@@ -6,14 +6,15 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from huggingface_hub.dataclasses import strict
 from transformers import TrainingArguments
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.integrations import is_tensorboard_available
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..configuration_msee import MSEEConfig
+from .checkpoints import check_complete, last_complete
 
 
 @strict
@@ -88,6 +89,7 @@ class MSEETrainingArguments(TrainingArguments):
     save_steps: float = 2000
     save_total_limit: int | None = 2
     dataloader_num_workers: int = 4
+    dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
     remove_unused_columns: bool = False
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
     batch_eval_metrics: bool = True
@@ -114,9 +116,21 @@ class MSEETrainingArguments(TrainingArguments):
                 f"{self.effective_batch_size}. Leave per_device_train_batch_size out: it follows from the others."
             )
 
-    def last_checkpoint(self) -> str | None:
-        """The newest checkpoint in `output_dir`, a folder that only the first process may have made yet."""
-        return get_last_checkpoint(self.output_dir) if Path(self.output_dir).is_dir() else None
+    def start(self) -> str | None:
+        """The checkpoint that the run goes on from: the one asked for, else the last complete one in `output_dir`.
+
+        Raises:
+            ValueError: the one asked for is not complete, or does not exist.
+        """
+        asked = self.resume_from_checkpoint
+        if asked is False:
+            return None
+        automatic = asked is None or asked is True
+        checkpoint = last_complete(self.output_dir) if automatic else str(asked)
+        if checkpoint is not None:
+            check_complete(checkpoint)
+            print(f"Going on from {checkpoint}")
+        return checkpoint
 
 
 @dataclass(frozen=True)

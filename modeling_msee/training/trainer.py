@@ -2,17 +2,20 @@
 
 from collections import defaultdict
 from collections.abc import Sized
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
-from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers import EvalPrediction, Trainer
 
 from ..evaluation.confusion import scores
 from ..evaluation.scoring import MAP_NAMES, score_image
 from .arguments import MSEETrainingArguments
+from .callbacks import AveragedHead, SampleOrder, SaveOnSigterm
+from .checkpoints import mark_complete
 from .samples import EpochSampler
 from .schedule import learning_rate_factor, parameter_groups
 
@@ -27,7 +30,7 @@ class MSEETrainer(Trainer):
             *args,
             data_collator=collate,
             compute_metrics=StreamingScores(),
-            callbacks=[AveragedHead()],
+            callbacks=[AveragedHead(), SaveOnSigterm()],
             **kwargs,
         )
         self.term_sums: dict[str, Tensor] = {}
@@ -93,6 +96,13 @@ class MSEETrainer(Trainer):
         stacked = torch.from_numpy(np.stack(matrices)).to(self.args.device)
         return None, stacked, inputs["labels"]
 
+    def _save_checkpoint(self, model, trial):
+        """A checkpoint that says of itself that it is whole."""
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_complete(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
         train_dataset = self.train_dataset if train_dataset is None else train_dataset
         if not isinstance(train_dataset, Sized):
@@ -101,23 +111,6 @@ class MSEETrainer(Trainer):
         self.remove_callback(SampleOrder)
         self.add_callback(SampleOrder(sampler))
         return sampler
-
-
-class AveragedHead(TrainerCallback):
-    """Moves the averaged projection head after every optimiser step."""
-
-    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-        model.update_averaged_projection()
-
-
-class SampleOrder(TrainerCallback):
-    """Tells the sampler its epoch; where several processes resume within one, the library does not."""
-
-    def __init__(self, sampler: EpochSampler):
-        self.sampler = sampler
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.sampler.set_epoch(int(state.epoch))
 
 
 class StreamingScores:
