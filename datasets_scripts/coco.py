@@ -23,18 +23,16 @@ from .common import (
     Example,
     Mask,
     Split,
-    Summary,
     check_class_names,
     check_mask,
-    check_output,
     command_parser,
     encode_png,
     image_size,
     read_file,
     relative_path,
     run_command,
-    write_dataset,
 )
+from .writer import Summary, check_output, write_dataset
 
 
 SPLITS = ("train", "val")

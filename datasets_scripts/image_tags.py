@@ -26,10 +26,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, List, Value, load_
 from .common import (
     Example,
     Split,
-    Summary,
     check_class_names,
     check_mask,
-    check_output,
     command_parser,
     decode_mask,
     encode_png,
@@ -38,8 +36,8 @@ from .common import (
     relative_path,
     run_command,
     unknown_name,
-    write_dataset,
 )
+from .writer import Summary, check_output, write_dataset
 
 
 METADATA = ("metadata.jsonl", "metadata.csv")

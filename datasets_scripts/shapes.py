@@ -17,18 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 from PIL import ImageDraw
 
-from .common import (
-    Example,
-    Mask,
-    Split,
-    Summary,
-    check_output,
-    command_parser,
-    encode_png,
-    mask_labels,
-    run_command,
-    write_dataset,
-)
+from .common import Example, Mask, Split, command_parser, encode_png, mask_labels, run_command
+from .writer import Summary, check_output, write_dataset
 
 
 Array = NDArray[np.float64]

@@ -24,9 +24,7 @@ from .common import (
     Example,
     Mask,
     Split,
-    Summary,
     check_mask,
-    check_output,
     command_parser,
     decode_mask,
     encode_png,
@@ -36,8 +34,8 @@ from .common import (
     relative_path,
     run_command,
     unknown_name,
-    write_dataset,
 )
+from .writer import Summary, check_output, write_dataset
 
 
 CLASS_NAMES: tuple[str, ...] = (

@@ -12,7 +12,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from PIL import Image
 
-from datasets_scripts import common, image_tags
+from datasets_scripts import common, image_tags, writer
 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -277,7 +277,7 @@ def test_what_was_written_can_be_read_again(
 ) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     image_tags.build(root, tmp_path / "first")
-    common.load(tmp_path / "first").save_to_disk(tmp_path / "saved")
+    writer.load(tmp_path / "first").save_to_disk(tmp_path / "saved")
     for source in ("first", "saved"):
         output = tmp_path / f"again_{source}"
         assert image_tags.main(["--dataset", str(tmp_path / source), "--output", str(output)]) == 0

@@ -13,8 +13,9 @@ from datasets import load_dataset, load_from_disk
 from PIL import Image
 from scipy.ndimage import binary_opening
 
-from datasets_scripts import common, shapes
-from datasets_scripts.common import Example, Split, write_dataset
+from datasets_scripts import common, shapes, writer
+from datasets_scripts.common import Example, Split
+from datasets_scripts.writer import write_dataset
 
 
 def pixels(data: bytes) -> np.ndarray:
@@ -174,7 +175,7 @@ def check_rows(rows: Iterator[dict]) -> None:
 
 def test_load_dataset_by_folder(written: Path) -> None:
     loaded = load_dataset(str(written), split="validation")
-    assert loaded.features == common.dataset_features(shapes.CLASS_NAMES, True)
+    assert loaded.features == writer.dataset_features(shapes.CLASS_NAMES, True)
     check_rows(loaded)
     assert set(load_dataset(str(written), split="train")["segmentation_map"]) == {None}
 
@@ -191,17 +192,17 @@ def test_load_dataset_by_files_and_streaming(written: Path) -> None:
 
 
 def test_load_keeps_columns_and_load_from_disk_keeps_features(written: Path, tmp_path: Path) -> None:
-    loaded = common.load(written)
+    loaded = writer.load(written)
     assert loaded["train"].column_names == ["image_id", "image", "labels"]
     loaded.save_to_disk(tmp_path / "saved")
     saved = load_from_disk(tmp_path / "saved")
-    assert saved["validation"].features == common.dataset_features(shapes.CLASS_NAMES, True)
+    assert saved["validation"].features == writer.dataset_features(shapes.CLASS_NAMES, True)
     check_rows(saved["validation"])
 
 
 def test_load_needs_a_written_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no Parquet shard"):
-        common.load(tmp_path)
+        writer.load(tmp_path)
 
 
 # --- The writer -----------------------------------------------------------------------------------
@@ -217,8 +218,8 @@ def failing() -> Iterator[Example]:
 
 
 def test_shards_are_numbered_and_keep_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "ROW_GROUP_ROWS", 2)
-    monkeypatch.setattr(common, "SHARD_BYTES", 1)
+    monkeypatch.setattr(writer, "ROW_GROUP_ROWS", 2)
+    monkeypatch.setattr(writer, "SHARD_BYTES", 1)
     summary = write_dataset(
         tmp_path / "out", ["x", "y"], [Split("train", [example(str(n)) for n in range(5)], 5, False)]
     )
