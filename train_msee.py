@@ -17,6 +17,7 @@ from datasets import Dataset
 from transformers import set_seed
 
 from modeling_msee import MSEEConfig, MSEEForWeaklySupervisedSegmentation, MSEEImageProcessor
+from modeling_msee.configuration_msee import label_fields
 from modeling_msee.data.contract import check_class_names, class_names, load_split, without_bad_images
 from modeling_msee.evaluation.evaluate import PROTOCOL, evaluate
 from modeling_msee.evaluation.samples import EvaluationSamples
@@ -86,10 +87,7 @@ def load_data(data: DataArguments, split: str, columns: list[str]) -> Dataset:
 
 def build_model(recipe: Recipe, names: list[str]) -> MSEEForWeaklySupervisedSegmentation:
     """The model of a recipe for the given class names, background first."""
-    config_fields = recipe.config_fields | {
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: index for index, name in enumerate(names)},
-    }
+    config_fields = recipe.config_fields | label_fields(names)
     if recipe.model.model is not None:
         config = MSEEConfig.from_pretrained(recipe.model.model, **recipe.config_fields)
         if config.label_names != names:

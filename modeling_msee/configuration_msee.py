@@ -1,6 +1,7 @@
 """Configuration of M-SEE models: every weight, threshold, start step and mode of the method in one place."""
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Literal, cast
 
@@ -11,6 +12,11 @@ from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
 # The encoders whose token layout the model knows: prefix tokens first, then one token per patch, row by row.
 SUPPORTED_BACKBONES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
+
+
+def label_fields(names: Sequence[str]) -> dict[str, dict]:
+    """`id2label` and `label2id` of the label names, background first."""
+    return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
 
 
 @strict
@@ -221,4 +227,4 @@ class MSEEConfig(PreTrainedConfig):
 
 MSEEConfig.register_for_auto_class()
 
-__all__ = ["SUPPORTED_BACKBONES", "MSEEConfig"]
+__all__ = ["SUPPORTED_BACKBONES", "MSEEConfig", "label_fields"]

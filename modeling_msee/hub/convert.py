@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..configuration_msee import MSEEConfig
+from ..configuration_msee import MSEEConfig, label_fields
 from ..modeling_msee import MSEEForWeaklySupervisedSegmentation
 
 
@@ -155,5 +155,4 @@ def _labels(state: dict[str, Tensor], class_names: Sequence[str] | None) -> dict
     names = [f"class {index + 1}" for index in range(count)] if class_names is None else list(class_names)
     if len(names) != count:
         raise ValueError(f"class_names: expected {count} names, one per output of the classifier, got {len(names)}.")
-    names = ["background", *names]
-    return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    return label_fields(["background", *names])

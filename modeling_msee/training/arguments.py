@@ -125,10 +125,12 @@ class MSEETrainingArguments(TrainingArguments):
         asked = self.resume_from_checkpoint
         if asked is False:
             return None
-        automatic = asked is None or asked is True
-        checkpoint = last_complete(self.output_dir) if automatic else str(asked)
+        if asked is None or asked is True:
+            checkpoint = last_complete(self.output_dir)
+        else:
+            check_complete(asked)
+            checkpoint = str(asked)
         if checkpoint is not None:
-            check_complete(checkpoint)
             print(f"Going on from {checkpoint}")
         return checkpoint
 
