@@ -121,10 +121,10 @@ def _refine_present(
     return torch.where(with_high == 0, uncertain, with_high)
 
 
-# Taps of the grid's five-tap blur, a least-squares fit (over distances and positions between nodes) of splat, blur and
-# slice to exp(-d²/2) at a node spacing of 0.9 standard deviations.
-NODE_SPACING = 0.9
-BLUR_TAPS = (1.14813618, 0.68502706, 0.12903454)  # at distance 0, 1 and 2
+# Taps of the grid's seven-tap blur, a least-squares fit (over distances and positions between nodes) of splat, blur and
+# slice to exp(-d²/2) at a node spacing of 0.8 standard deviations: off by 0.016 in the mean, 0.09 at most.
+NODE_SPACING = 0.8
+BLUR_TAPS = (1.0, 0.68420628, 0.19123011, 0.02626068)  # at distance 0, 1, 2 and 3
 
 
 def bilateral_filter(image: Tensor, values: Tensor, sigma_rgb: float, sigma_xy: float) -> Tensor:
@@ -143,29 +143,31 @@ def bilateral_filter(image: Tensor, values: Tensor, sigma_rgb: float, sigma_xy: 
     """
     # In float32: mixed precision would run the blur, a matrix product, in half.
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
-        cells, weights, shape = _grid_coordinates(image.float(), sigma_rgb, sigma_xy)
-        rows = values.float().permute(0, 2, 3, 1).flatten(0, 2)  # (BHW, C)
-        grid = rows.new_zeros(math.prod(shape), rows.shape[1])
-        for cell, weight in zip(cells.unbind(1), weights.unbind(1), strict=True):
-            grid.index_add_(0, cell, rows * weight[:, None])
-        grid = grid.view(*shape, -1)
+        base, offsets, weights, shape = _grid_coordinates(image.float(), sigma_rgb, sigma_xy)
+        rows = values.float().permute(0, 2, 3, 1).flatten(0, 2).contiguous()  # (BHW, C)
+        grid = _splat(rows, base, offsets, weights, math.prod(shape)).view(*shape, -1)
+        spare = torch.empty_like(grid)  # the grid is large: fresh memory for every axis costs more than the blur
         for axis in range(1, 6):
-            grid = _blur(grid, axis)
+            grid, spare = _blur(grid, axis, out=spare), grid
+        cells = base[:, None] + offsets
         sliced = F.embedding_bag(cells, grid.flatten(0, 5), per_sample_weights=weights, mode="sum")
         batch, _, height, width = values.shape
         return sliced.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
-def _grid_coordinates(image: Tensor, sigma_rgb: float, sigma_xy: float) -> tuple[Tensor, Tensor, list[int]]:
-    """The 32 grid nodes around every pixel: flat indices and weights (BHW, 32), and the grid's shape (B, 5 axes)."""
+def _grid_coordinates(image: Tensor, sigma_rgb: float, sigma_xy: float) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """The 32 grid nodes around every pixel.
+
+    Flat index of the first (BHW,), offsets of all from it (32,), their weights (BHW, 32), the grid's shape (B, 5 axes).
+    """
     batch, _, height, width = image.shape
     rows = torch.arange(height, device=image.device)[:, None].expand(batch, height, width) / sigma_xy
     columns = torch.arange(width, device=image.device).expand(batch, height, width) / sigma_xy
     position = torch.stack((rows, columns, *(image / sigma_rgb).unbind(1)), dim=-1).flatten(0, 2) / NODE_SPACING
     position = position - position.amin(dim=0)
     shape = [batch, *(int(extent) + 2 for extent in position.amax(dim=0).tolist())]
-    base = position.floor()
-    fraction = position - base
+    first = position.floor()
+    fraction = position - first
     weights, offsets = (
         position.new_ones(len(position), 1),
         torch.zeros(1, dtype=torch.int64, device=image.device),
@@ -180,14 +182,27 @@ def _grid_coordinates(image: Tensor, sigma_rgb: float, sigma_xy: float) -> tuple
         offsets = (offsets[:, None] + torch.tensor((0, stride), device=image.device)).flatten()
     strides = torch.tensor([math.prod(shape[axis + 1 :]) for axis in range(1, 6)], device=image.device)
     image_offset = torch.arange(batch, device=image.device).repeat_interleave(height * width) * math.prod(shape[1:])
-    cells = (image_offset + (base.long() * strides).sum(dim=1))[:, None] + offsets
-    return cells, weights, shape
+    return image_offset + (first.long() * strides).sum(dim=1), offsets, weights, shape
 
 
-def _blur(grid: Tensor, axis: int) -> Tensor:
-    """Five-tap blur of the grid along one axis, zero outside, as a product with a banded matrix."""
+def _splat(rows: Tensor, base: Tensor, offsets: Tensor, weights: Tensor, nodes: int) -> Tensor:
+    """Add the rows (BHW, C), weighted, to the nodes around them: (nodes, C)."""
+    # Pixels of one cell share all their nodes, so they are summed first: there are far fewer cells than pixels.
+    base, order = base.sort()
+    cells, counts = base.unique_consecutive(return_counts=True)
+    starts = counts.cumsum(0) - counts
+    bags = torch.arange(len(offsets), device=rows.device)[:, None] * len(rows) + starts
+    sums = F.embedding_bag(
+        order.repeat(len(offsets)), rows, bags.flatten(), per_sample_weights=weights[order].t().flatten(), mode="sum"
+    )
+    return rows.new_zeros(nodes, rows.shape[1]).index_add_(0, (offsets[:, None] + cells).flatten(), sums)
+
+
+def _blur(grid: Tensor, axis: int, out: Tensor) -> Tensor:
+    """Seven-tap blur of the grid along one axis into `out`, zero outside, as a product with a banded matrix."""
     nodes = torch.arange(grid.shape[axis], device=grid.device)
     taps = grid.new_tensor((*BLUR_TAPS, 0.0))
     band = taps[(nodes[:, None] - nodes).abs().clamp(max=len(BLUR_TAPS))]
-    flat = grid.reshape(math.prod(grid.shape[:axis]), len(nodes), -1)
-    return torch.matmul(band, flat).view(grid.shape)
+    lines = (math.prod(grid.shape[:axis]), len(nodes), -1)
+    torch.matmul(band, grid.view(lines), out=out.view(lines))
+    return out

@@ -1,0 +1,1 @@
+"""Measurements of the real code paths; docs/performance.md explains what they found."""
