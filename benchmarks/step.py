@@ -4,8 +4,8 @@
     python -m benchmarks.step small --growth   # ViT-S/16, 224 px, batch 2; image size, batch, scale factors, classes
     python -m benchmarks.step tags             # DINOv2-small, 168 px, batch 8, first 8 blocks frozen
 
-Steps of all cases are interleaved and medians taken, so that other load on the machine meets all of them alike; seconds
-of processor time suffer less from it than seconds on the clock. OMP_NUM_THREADS sets the number of threads.
+Steps of all cases are interleaved and medians taken, so that other load on the machine meets all of them alike.
+Processor time suffers less from it than seconds on the clock. OMP_NUM_THREADS sets the number of threads.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("preset", choices=sorted(PRESETS))
-    parser.add_argument("--repeats", type=int, default=5, help="steps of each case, after one that is not counted")
+    parser.add_argument("--repeats", type=int, default=5, help="steps of each case")
     parser.add_argument(
         "--growth", action="store_true", help="also with other images, batches, scale factors, classes"
     )
@@ -45,9 +45,8 @@ def report(cases: list[Case], repeats: int) -> str:
     """Measure the cases, the first in parts, and say what came out."""
     base = cases[0]
     workload = Workload.build(base)
-    metered_step(workload, clocks)
-    peak = peak_memory()
-    operations = counted_step(workload)
+    operations = counted_step(workload)  # warms up, too
+    peak, state = peak_memory(), workload.state_bytes() / GIB
     tokens = (base.image_size // workload.model.config.patch_size) ** 2
     rate = matrix_product_rate(tokens, workload.model.config.hidden_size)
     measured = measure(cases, workload, repeats)
@@ -61,7 +60,7 @@ def report(cases: list[Case], repeats: int) -> str:
         "",
         f"matrix products: {rate / 1e9:.1f} GFLOP per CPU-second in this run, "
         f"so at least {sum(operations.values()) / rate:.2f} CPU-seconds a step",
-        f"peak memory of the process: {peak:.2f} GiB, of which {workload.state_bytes() / GIB:.2f} weights, gradients, moments",
+        f"peak memory of the process: {peak:.2f} GiB; weights, gradients and moments {state:.2f} of it",
         "",
         *growth_table(totals),
     ]
@@ -72,11 +71,9 @@ def measure(cases: list[Case], base: Workload, repeats: int) -> dict[Case, list[
     """Interleaved steps of every case, by part."""
     workloads = {case: base.varied(case) for case in cases}
     results: dict[Case, list[dict[str, np.ndarray]]] = {case: [] for case in cases}
-    for repeat in tqdm(range(repeats + 1), desc="rounds", disable=not sys.stderr.isatty()):
+    for _ in tqdm(range(repeats), desc="rounds", disable=not sys.stderr.isatty()):
         for case, workload in workloads.items():
-            step = metered_step(workload, clocks)
-            if repeat:
-                results[case].append(step)
+            results[case].append(metered_step(workload, clocks))
     return results
 
 
