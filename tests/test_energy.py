@@ -20,8 +20,12 @@ def exact_filter(image, values, sigma_rgb, sigma_xy):
     filtered = []
     for colours, numbers in zip(image, values.detach(), strict=True):
         points = torch.cat((place, colours / sigma_rgb)).flatten(1).t()
-        table = numbers.flatten(1).t()
-        blocks = [torch.exp(-0.5 * torch.cdist(block, points).square()) @ table for block in points.split(64)]
+        points = points - points.mean(dim=0)
+        half, table = points.square().sum(dim=1, keepdim=True) / 2, numbers.flatten(1).t()
+        # -|p - q|² / 2 as one product of (p, |p|²/2, 1) and (q, -1, -|q|²/2).
+        left = torch.cat((points, half, torch.ones_like(half)), dim=1)
+        right = torch.cat((points, -torch.ones_like(half), -half), dim=1).t()
+        blocks = [(block @ right).exp_() @ table for block in left.split(64)]
         filtered.append(torch.cat(blocks).t().unflatten(1, (height, width)))
     return torch.stack(filtered)
 
