@@ -9,7 +9,8 @@ from torch import Tensor
 from ..image_processing_msee import MSEEImageProcessor
 from ..modeling_msee import MSEEForWeaklySupervisedSegmentation
 from ..regions_msee import reliable_regions
-from .figures import Panel, colorize, heat_overlay, overlay, region_panel, voc_palette
+from .figures import Panel, heat_overlay, overlay, region_panel
+from .masks import colorize, voc_palette
 
 
 REGION_COLOUR = (255, 64, 64)
