@@ -18,18 +18,18 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
+from modeling_msee.data.tags import check_class_names, relative_path
+
 from .common import (
     IGNORE_INDEX,
     Example,
     Mask,
     Split,
-    check_class_names,
     check_mask,
     command_parser,
     encode_png,
     image_size,
     read_file,
-    relative_path,
     run_command,
 )
 from .writer import Summary, check_output, write_dataset

@@ -5,21 +5,21 @@ Class indices: foreground class c in 0..C-1 (`labels`) is the mask value c + 1; 
 """
 
 import argparse
-import difflib
 import io
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
+from modeling_msee.data.tags import check_class_names as check_class_names  # for the writer
+
 
 BACKGROUND = 0
 IGNORE_INDEX = 255
-MAX_CLASSES = 254  # a mask is one byte a pixel: 0 is background, 255 is ignored
 EXIF_ORIENTATION = 0x0112
 SWAPPING_ORIENTATIONS = (5, 6, 7, 8)
 
@@ -58,14 +58,6 @@ def image_size(data: bytes, source: object) -> tuple[int, int]:
             f"{source}: expected an image file, got {len(data)} bytes that cannot be read ({error})"
         ) from error
     return (height, width) if turned else (width, height)
-
-
-def relative_path(text: str, source: object) -> PurePosixPath:
-    """A path from a list or metadata file; ValueError if it leaves the folder that it is relative to."""
-    path = PurePosixPath(text)
-    if not path.parts or path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"{source}: expected a path inside the data folder, got {text!r}")
-    return path
 
 
 def read_file(path: Path, remedy: str) -> bytes:
@@ -121,25 +113,6 @@ def _values(mask: Mask) -> NDArray[np.int64]:
 def mask_labels(mask: Mask) -> tuple[int, ...]:
     """Sorted foreground classes that occur in an (H, W) mask."""
     return tuple(int(value) - 1 for value in _values(mask) if value not in (BACKGROUND, IGNORE_INDEX))
-
-
-def unknown_name(name: str, known: Sequence[str], source: object) -> ValueError:
-    """The error for a class name that is not in the list, with the nearest names that are."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known names: {', '.join(known)}"
-    return ValueError(f"{source}: unknown class {name!r}; {hint}")
-
-
-def check_class_names(names: Sequence[str], source: object) -> tuple[str, ...]:
-    """Foreground class names as a tuple; ValueError if empty, repeated, not strings or over 254."""
-    if not names or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"{source}: expected a list of class names, got {names!r}")
-    repeated = sorted({name for name in names if list(names).count(name) > 1})
-    if repeated:
-        raise ValueError(f"{source}: class names must differ, repeated: {', '.join(repeated)}")
-    if len(names) > MAX_CLASSES:
-        raise ValueError(f"{source}: at most {MAX_CLASSES} classes fit a mask of one byte, got {len(names)}")
-    return tuple(names)
 
 
 # --- Command line ---------------------------------------------------------------------------------

@@ -12,167 +12,51 @@ classes.json in `--root`, else all tags in use. Evaluation splits have masks in 
 ClassLabel; one or a list), and segmentation_map in evaluation splits. image_id is kept if there is one.
 """
 
-import csv
-import io
-import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, Image, List, Value, load_dataset, load_from_disk
 
+from modeling_msee.data.contract import BACKGROUND
+from modeling_msee.data.tags import (
+    EVALUATION_SPLITS,
+    TaggedImage,
+    check_exists,
+    encode_tags,
+    foreground_names,
+    mask_path,
+    read_class_names,
+    read_metadata,
+    split_folders,
+    used_names,
+)
+
 from .common import (
     Example,
     Split,
-    check_class_names,
     check_mask,
     command_parser,
     decode_mask,
     encode_png,
     image_size,
     read_file,
-    relative_path,
     run_command,
-    unknown_name,
 )
 from .writer import Summary, check_output, write_dataset
-
-
-METADATA = ("metadata.jsonl", "metadata.csv")
-EVALUATION_SPLITS = ("validation", "test")
-BACKGROUND_NAME = "background"
-
-
-@dataclass(frozen=True)
-class TaggedImage:
-    """One line of a metadata file; `source` names the file and the line."""
-
-    path: Path
-    image_id: str
-    tags: tuple[str, ...]
-    source: str
-
-
-# --- Classes --------------------------------------------------------------------------------------
-
-
-def foreground_names(names: Sequence[str], source: object) -> tuple[str, ...]:
-    """Class names without a leading "background"."""
-    return check_class_names(names[1:] if list(names[:1]) == [BACKGROUND_NAME] else names, source)
-
-
-def _class_names(classes: Sequence[str] | None, root: Path, tags: Iterable[str]) -> tuple[str, ...]:
-    if classes is not None:
-        return foreground_names(classes, "--classes")
-    path = root / "classes.json"
-    if not path.exists():
-        return _used_names(tags, root)
-    try:
-        names = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: expected a JSON list of class names ({error})") from error
-    if not isinstance(names, list):
-        raise ValueError(f"{path}: expected a JSON list of class names, got {type(names).__name__}")
-    return foreground_names(names, path)
-
-
-def _used_names(tags: Iterable[str], source: object) -> tuple[str, ...]:
-    names = sorted(set(tags))
-    if not names:
-        raise ValueError(f"{source}: no image has a tag, so there is no class; tag some images")
-    return check_class_names(names, source)
-
-
-def _encode(tags: Iterable[str], class_names: Sequence[str], source: object) -> tuple[int, ...]:
-    """Sorted, unique class indices of tags; ValueError with the nearest names for an unknown one."""
-    labels = set()
-    for tag in tags:
-        if tag not in class_names:
-            raise unknown_name(tag, class_names, source)
-        labels.add(class_names.index(tag))
-    return tuple(sorted(labels))
 
 
 # --- Folders --------------------------------------------------------------------------------------
 
 
-def _split_folders(root: Path) -> dict[str, Path]:
-    """Split name to folder: `root` itself as train if it has a metadata file, else its subfolders."""
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root} is no folder; point --root at the photographs and their metadata.jsonl")
-    if any((root / name).is_file() for name in METADATA):
-        return {"train": root}
-    folders = {path.name: path for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] not in "._"}
-    if not folders:
-        raise FileNotFoundError(f"{root} has no metadata.jsonl or metadata.csv and no split folders; add the tags")
-    order = {"train": 0, "validation": 1, "test": 2}
-    return dict(sorted(folders.items(), key=lambda item: order.get(item[0], len(order))))
-
-
-def read_metadata(folder: Path, separator: str = ";") -> list[TaggedImage]:
-    """The tagged images of one folder; every image is known to exist."""
-    found = [folder / name for name in METADATA if (folder / name).is_file()]
-    if len(found) != 1:
-        names = " and ".join(path.name for path in found) or "neither"
-        raise FileNotFoundError(f"{folder}: expected one of {' or '.join(METADATA)}, got {names}; keep exactly one")
-    text = _read_text(found[0])
-    rows = _jsonl_rows(text, found[0]) if found[0].suffix == ".jsonl" else _csv_rows(text, found[0], separator)
-    return [_tagged_image(folder, *row) for row in rows]
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text ({error}); save it as UTF-8") from error
-
-
-def _jsonl_rows(text: str, path: Path) -> Iterator[tuple[Any, Any, str]]:
-    """(file name, labels, source) of each line."""
-    for number, line in enumerate(text.split("\n"), 1):
-        source = f"{path}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{source}: expected one JSON object a line ({error})") from error
-        if not isinstance(row, dict) or not {"file_name", "labels"} <= row.keys():
-            raise ValueError(f'{source}: expected {{"file_name": ..., "labels": [...]}}, got {line.strip()[:80]}')
-        yield row["file_name"], row["labels"], source
-
-
-def _csv_rows(text: str, path: Path, separator: str) -> Iterator[tuple[Any, Any, str]]:
-    """(file name, labels, source) of each row; labels are separated by `separator`."""
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    if not {"file_name", "labels"} <= set(reader.fieldnames or ()):
-        raise ValueError(f"{path}: expected the columns file_name and labels, got {reader.fieldnames}")
-    for row in reader:
-        tags = [tag.strip() for tag in (row["labels"] or "").split(separator)]
-        yield row["file_name"], [tag for tag in tags if tag], f"{path}, line {reader.line_num}"
-
-
-def _tagged_image(folder: Path, file_name: Any, tags: Any, source: str) -> TaggedImage:
-    if not isinstance(file_name, str) or not file_name:
-        raise ValueError(f"{source}: expected file_name to be a path, got {file_name!r}")
-    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
-        raise ValueError(f"{source}: expected labels to be a list of class names, got {tags!r}")
-    relative = relative_path(file_name, source)
-    path = folder / relative
-    if not path.is_file():
-        raise FileNotFoundError(f"{source}: image {path} does not exist; add the image or remove the line")
-    return TaggedImage(path, "_".join(relative.with_suffix("").parts), tuple(tags), source)
-
-
 def _folder_example(row: TaggedImage, folder: Path, class_names: Sequence[str], with_mask: bool) -> Example:
     image = read_file(row.path, "add the image or remove its line")
     size = image_size(image, row.path)
-    labels = _encode(row.tags, class_names, row.source)
+    labels = encode_tags(row.tags, class_names, row.source)
     if not with_mask:
         return Example(row.image_id, image, labels)
-    path = folder / "masks" / f"{row.path.stem}.png"
+    path = mask_path(row, folder)
     remedy = f"image {row.path} needs a mask here; add it or leave this split out of --evaluation-splits"
     mask = decode_mask(read_file(path, remedy), path)
     check_mask(mask, size, len(class_names), path)
@@ -186,12 +70,15 @@ def _folder_splits(
     evaluation_splits: Sequence[str],
     with_masks: bool,
 ) -> tuple[tuple[str, ...], list[Split]]:
-    folders = _split_folders(root)
+    folders = split_folders(root)
     tables = {name: read_metadata(folder, separator) for name, folder in folders.items()}
-    names = _class_names(classes, root, (tag for rows in tables.values() for row in rows for tag in row.tags))
+    tags = (tag for rows in tables.values() for row in rows for tag in row.tags)
+    names = read_class_names(root, tags) if classes is None else foreground_names(classes, "--classes")
     for rows in tables.values():
         for row in rows:
-            _encode(row.tags, names, row.source)  # a wrong tag shows before anything is written
+            # A missing image or a wrong tag shows before anything is written.
+            check_exists(row)
+            encode_tags(row.tags, names, row.source)
     return names, [
         _folder_split(name, folders[name], rows, names, with_masks or name in evaluation_splits)
         for name, rows in tables.items()
@@ -239,7 +126,7 @@ def _row_tags(value: Any, feature: ClassLabel | Value) -> list[str]:
     if not isinstance(feature, ClassLabel):
         return values
     tags = [feature.int2str(item) for item in values]
-    return [tag for tag in tags if not (tag == BACKGROUND_NAME and feature.names[0] == BACKGROUND_NAME)]
+    return [tag for tag in tags if not (tag == BACKGROUND and feature.names[0] == BACKGROUND)]
 
 
 def _dataset_names(dataset: DatasetDict, classes: Sequence[str] | None, source: object) -> tuple[str, ...]:
@@ -250,7 +137,7 @@ def _dataset_names(dataset: DatasetDict, classes: Sequence[str] | None, source: 
     if isinstance(first, ClassLabel):
         return foreground_names(first.names, source)
     cells = ((value, features[name]) for name, split in dataset.items() for value in split["labels"])
-    return _used_names((tag for value, feature in cells for tag in _row_tags(value, feature)), source)
+    return used_names((tag for value, feature in cells for tag in _row_tags(value, feature)), source)
 
 
 def _cell_bytes(cell: Any, source: str) -> bytes:
@@ -271,7 +158,7 @@ def _dataset_rows(name: str, dataset: Dataset, class_names: Sequence[str], with_
         image_id = str(row["image_id"]) if "image_id" in row else f"{name}_{index:08d}"
         image = _cell_bytes(row["image"], f"{source}: image")
         size = image_size(image, source)
-        labels = _encode(_row_tags(row["labels"], feature), class_names, source)
+        labels = encode_tags(_row_tags(row["labels"], feature), class_names, source)
         mask = None
         if with_mask:
             pixels = decode_mask(_cell_bytes(row["segmentation_map"], f"{source}: segmentation_map"), source)

@@ -20,6 +20,8 @@ from typing import Protocol
 import numpy as np
 from scipy.io import loadmat
 
+from modeling_msee.data.tags import relative_path, unknown_name
+
 from .common import (
     Example,
     Mask,
@@ -31,9 +33,7 @@ from .common import (
     image_size,
     mask_labels,
     read_file,
-    relative_path,
     run_command,
-    unknown_name,
 )
 from .writer import Summary, check_output, write_dataset
 
