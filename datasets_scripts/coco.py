@@ -18,21 +18,19 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
+from modeling_msee.data.examples import Example, Split, encode_png
 from modeling_msee.data.tags import check_class_names, relative_path
+from modeling_msee.data.writer import Summary, check_output, write_dataset
 
 from .common import (
     IGNORE_INDEX,
-    Example,
     Mask,
-    Split,
     check_mask,
     command_parser,
-    encode_png,
     image_size,
     read_file,
     run_command,
 )
-from .writer import Summary, check_output, write_dataset
 
 
 SPLITS = ("train", "val")

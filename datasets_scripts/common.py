@@ -1,4 +1,4 @@
-"""What every builder shares: the example, its checks and the command line.
+"""What every builder shares: checks of files and masks, and the command line.
 
 Class indices: foreground class c in 0..C-1 (`labels`) is the mask value c + 1; 0 is background,
 255 is ignored.
@@ -7,15 +7,12 @@ Class indices: foreground class c in 0..C-1 (`labels`) is the mask value c + 1; 
 import argparse
 import io
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
-
-from modeling_msee.data.tags import check_class_names as check_class_names  # for the writer
 
 
 BACKGROUND = 0
@@ -24,27 +21,6 @@ EXIF_ORIENTATION = 0x0112
 SWAPPING_ORIENTATIONS = (5, 6, 7, 8)
 
 Mask = NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row: `image` is an image file, `mask` a single-channel PNG or None, `labels` sorted indices."""
-
-    image_id: str
-    image: bytes
-    labels: tuple[int, ...]
-    mask: bytes | None = None
-
-
-@dataclass(frozen=True)
-class Split:
-    """One split to write. `examples` is read once, lazily; `dropped` counts left-out images by reason."""
-
-    name: str
-    examples: Iterable[Example]
-    total: int
-    with_masks: bool
-    dropped: Mapping[str, int] = field(default_factory=dict)
 
 
 def image_size(data: bytes, source: object) -> tuple[int, int]:
@@ -81,13 +57,6 @@ def decode_mask(data: bytes, source: object) -> Mask:
             return np.asarray(image, dtype=np.uint8)
         except (OSError, SyntaxError) as error:
             raise ValueError(f"{source}: the mask is damaged ({error}); copy or unpack it again") from error
-
-
-def encode_png(pixels: NDArray[np.uint8]) -> bytes:
-    """PNG file of an (H, W) mask or an (H, W, 3) picture."""
-    buffer = io.BytesIO()
-    PILImage.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def check_mask(mask: Mask, size: tuple[int, int], num_classes: int, source: object) -> None:

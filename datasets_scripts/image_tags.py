@@ -20,6 +20,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, DatasetDict, Image, List, Value, load_dataset, load_from_disk
 
 from modeling_msee.data.contract import BACKGROUND
+from modeling_msee.data.examples import Example, Split, encode_png
 from modeling_msee.data.tags import (
     EVALUATION_SPLITS,
     TaggedImage,
@@ -32,19 +33,16 @@ from modeling_msee.data.tags import (
     split_folders,
     used_names,
 )
+from modeling_msee.data.writer import Summary, check_output, write_dataset
 
 from .common import (
-    Example,
-    Split,
     check_mask,
     command_parser,
     decode_mask,
-    encode_png,
     image_size,
     read_file,
     run_command,
 )
-from .writer import Summary, check_output, write_dataset
 
 
 # --- Folders --------------------------------------------------------------------------------------

@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 from PIL import ImageDraw
 
-from .common import Example, Mask, Split, command_parser, encode_png, mask_labels, run_command
-from .writer import Summary, check_output, write_dataset
+from modeling_msee.data.examples import Example, Split, encode_png
+from modeling_msee.data.writer import Summary, check_output, write_dataset
+
+from .common import Mask, command_parser, mask_labels, run_command
 
 
 Array = NDArray[np.float64]

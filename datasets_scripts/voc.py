@@ -20,22 +20,20 @@ from typing import Protocol
 import numpy as np
 from scipy.io import loadmat
 
+from modeling_msee.data.examples import Example, Split, encode_png
 from modeling_msee.data.tags import relative_path, unknown_name
+from modeling_msee.data.writer import Summary, check_output, write_dataset
 
 from .common import (
-    Example,
     Mask,
-    Split,
     check_mask,
     command_parser,
     decode_mask,
-    encode_png,
     image_size,
     mask_labels,
     read_file,
     run_command,
 )
-from .writer import Summary, check_output, write_dataset
 
 
 CLASS_NAMES: tuple[str, ...] = (

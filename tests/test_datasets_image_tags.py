@@ -12,7 +12,9 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from PIL import Image
 
-from datasets_scripts import common, image_tags, writer
+from datasets_scripts import image_tags
+from modeling_msee.data import writer
+from modeling_msee.data.examples import encode_png
 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -26,7 +28,7 @@ def photo(path: Path, size: tuple[int, int] = (4, 3)) -> None:
 
 def mask(path: Path, values: list[list[int]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(common.encode_png(np.array(values, np.uint8)))
+    path.write_bytes(encode_png(np.array(values, np.uint8)))
 
 
 def jsonl(path: Path, table: dict[str, Any]) -> None:
@@ -231,7 +233,7 @@ def test_no_tags_at_all(root: Path) -> None:
 
 def table(labels: list[Any], feature: Any, **columns: list[Any]) -> Dataset:
     """Grey 4 x 3 images with labels of the given feature."""
-    cell = {"bytes": common.encode_png(np.zeros((3, 4), np.uint8)), "path": None}
+    cell = {"bytes": encode_png(np.zeros((3, 4), np.uint8)), "path": None}
     features = {"image": datasets.Image(), "labels": feature}
     features |= {name: datasets.Image() if name == "segmentation_map" else Value("string") for name in columns}
     return Dataset.from_dict({"image": [cell] * len(labels), "labels": labels, **columns}, Features(features))

@@ -13,9 +13,10 @@ from datasets import load_dataset, load_from_disk
 from PIL import Image
 from scipy.ndimage import binary_opening
 
-from datasets_scripts import common, shapes, writer
-from datasets_scripts.common import Example, Split
-from datasets_scripts.writer import write_dataset
+from datasets_scripts import common, shapes
+from modeling_msee.data import writer
+from modeling_msee.data.examples import Example, Split, encode_png
+from modeling_msee.data.writer import write_dataset
 
 
 def pixels(data: bytes) -> np.ndarray:
@@ -209,7 +210,7 @@ def test_load_needs_a_written_folder(tmp_path: Path) -> None:
 
 
 def example(name: str, labels: tuple[int, ...] = (0,), mask: bytes | None = None) -> Example:
-    return Example(name, common.encode_png(np.zeros((4, 4, 3), np.uint8)), labels, mask)
+    return Example(name, encode_png(np.zeros((4, 4, 3), np.uint8)), labels, mask)
 
 
 def failing() -> Iterator[Example]:

@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict
 from PIL import Image
 
 from datasets_scripts import shapes
-from datasets_scripts.writer import dataset_features
+from modeling_msee.data.writer import dataset_features
 
 
 ROOT = Path(__file__).resolve().parents[1]

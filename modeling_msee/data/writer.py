@@ -20,9 +20,11 @@ from huggingface_hub import DatasetCardData
 from PIL import Image as PILImage
 from tqdm import tqdm
 
-from .common import Example, Split, check_class_names
+from .examples import Example, Split
+from .tags import check_class_names
 
 
+MASK_COLUMN = "segmentation_map"
 SHARD_BYTES = 500_000_000
 ROW_GROUP_ROWS = 100
 ROW_GROUP_BYTES = 64_000_000
@@ -79,14 +81,14 @@ def _align(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def dataset_features(class_names: Sequence[str], with_masks: bool) -> Features:
-    """Columns of a split: image_id, image, labels and, with masks, segmentation_map."""
+def dataset_features(class_names: Sequence[str], with_masks: bool, mask_column: str = MASK_COLUMN) -> Features:
+    """Columns of a split: image_id, image, labels and, with masks, the one for these."""
     columns = {
         "image_id": Value("string"),
         "image": Image(),
         "labels": List(ClassLabel(names=list(class_names))),
     }
-    return Features({**columns, "segmentation_map": Image()} if with_masks else columns)
+    return Features({**columns, mask_column: Image()} if with_masks else columns)
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -105,11 +107,16 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 
 def write_dataset(
-    output: Path, class_names: Sequence[str], splits: Iterable[Split], overwrite: bool = False
+    output: Path,
+    class_names: Sequence[str],
+    splits: Iterable[Split],
+    overwrite: bool = False,
+    mask_column: str = MASK_COLUMN,
 ) -> Summary:
     """Write splits as self-contained Parquet shards and a README.md that names them.
 
-    The folder appears only when everything is written: an error leaves `output` as it was.
+    The folder appears only when everything is written: an error leaves `output` as it was. `mask_column` is the name
+    of the masks' column; scripts that train segmentation models ask for `label`.
     """
     output = Path(output)
     names = check_class_names(class_names, "class names")
@@ -118,15 +125,15 @@ def write_dataset(
     if len(set(split_names)) < len(split_names) or not all(re.fullmatch(r"\w+", name) for name in split_names):
         raise ValueError(f"expected different split names of letters, digits and _, got {', '.join(split_names)}")
     check_output(output, overwrite)
-    with _staging_folder(output) as staging:
+    with staging_folder(output) as staging:
         (staging / "data").mkdir()
-        summaries = tuple(_write_split(staging / "data", names, split) for split in splits)
-        (staging / "README.md").write_text(_readme(output.name, names, summaries), encoding="utf-8")
+        summaries = tuple(_write_split(staging / "data", names, split, mask_column) for split in splits)
+        (staging / "README.md").write_text(_readme(output.name, names, summaries, mask_column), encoding="utf-8")
     return Summary(output, names, summaries)
 
 
 @contextmanager
-def _staging_folder(output: Path) -> Iterator[Path]:
+def staging_folder(output: Path) -> Iterator[Path]:
     """A folder beside `output` that takes its place on success and vanishes on error."""
     output = output.resolve()
     staging = output.parent / f".{output.name}.{os.getpid()}.partial"
@@ -152,12 +159,12 @@ def _replace(output: Path, staging: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_split(folder: Path, class_names: tuple[str, ...], split: Split) -> SplitSummary:
-    features = dataset_features(class_names, split.with_masks)
+def _write_split(folder: Path, class_names: tuple[str, ...], split: Split, mask_column: str) -> SplitSummary:
+    features = dataset_features(class_names, split.with_masks, mask_column)
     per_class = np.zeros(len(class_names), dtype=np.int64)
     seen: set[str] = set()
     unlabelled = 0
-    with _ShardWriter(folder, split.name, features) as writer:
+    with _ShardWriter(folder, split.name, features, mask_column) as writer:
         for example in tqdm(split.examples, desc=split.name, total=split.total, unit="image", mininterval=0.5):
             if example.image_id in seen:
                 raise ValueError(
@@ -185,8 +192,8 @@ class _ShardWriter:
     names, whatever is in them: a data set written anew would silently give the old images.
     """
 
-    def __init__(self, folder: Path, split: str, features: Features) -> None:
-        self._folder, self._split, self._features = folder, split, features
+    def __init__(self, folder: Path, split: str, features: Features, mask_column: str) -> None:
+        self._folder, self._split, self._features, self._mask_column = folder, split, features, mask_column
         self._shards: list[Path] = []
         self._writer: pq.ParquetWriter | None = None
         self._rows: list[Example] = []
@@ -228,7 +235,7 @@ class _ShardWriter:
             "image_id": [row.image_id for row in self._rows],
             "image": [_file_cell(row.image, row.image_id) for row in self._rows],
             "labels": [list(row.labels) for row in self._rows],
-            "segmentation_map": [_file_cell(row.mask, row.image_id) for row in self._rows],
+            self._mask_column: [_file_cell(row.mask, row.image_id) for row in self._rows],
         }
         if self._writer is None:
             self._shards.append(self._folder / f"{self._split}.{len(self._shards)}.partial")
@@ -252,7 +259,7 @@ def _file_cell(data: bytes | None, image_id: str) -> dict[str, bytes | str] | No
     return {"bytes": data, "path": f"{PurePosixPath(image_id).name}.{suffix}"}
 
 
-def _readme(title: str, class_names: tuple[str, ...], splits: Sequence[SplitSummary]) -> str:
+def _readme(title: str, class_names: tuple[str, ...], splits: Sequence[SplitSummary], mask_column: str) -> str:
     """A data set card; its YAML header tells `load_dataset` the splits and the columns of all of them."""
     card = DatasetCardData(
         task_categories=["image-segmentation"],
@@ -265,15 +272,15 @@ def _readme(title: str, class_names: tuple[str, ...], splits: Sequence[SplitSumm
             }
         ],
     )
-    # One configuration has one set of columns: a split without masks then shows an empty segmentation_map.
-    features = dataset_features(class_names, any(split.with_masks for split in splits))
+    # One configuration has one set of columns: a split without masks then shows an empty column for them.
+    features = dataset_features(class_names, any(split.with_masks for split in splits), mask_column)
     DatasetInfosDict({"default": DatasetInfo(features=features)}).to_dataset_card_data(card)
     header = yaml.safe_dump(card.to_dict(), sort_keys=False, allow_unicode=True)
     cells = [(s.name, s.images, s.unlabelled, "yes" if s.with_masks else "no") for s in splits]
     counts = "\n".join("| {} | {} | {} | {} |".format(*row) for row in cells)
     return (
         f"---\n{header}---\n\n# {title}\n\n"
-        "`labels`: image-level classes, foreground only. `segmentation_map`, where a split has masks: "
+        f"`labels`: image-level classes, foreground only. `{mask_column}`, where a split has masks: "
         "0 is background, the class index plus one is a class, 255 is ignored.\n\n"
         f"| split | images | without label | masks |\n|---|---|---|---|\n{counts}\n\n"
         f"Classes: {', '.join(class_names)}.\n"
