@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .commands import convert, evaluate, figures
+from .commands import convert, evaluate, export, figures
 
 
 # Each has HELP, add_arguments(parser) and run(arguments), which returns the exit code.
@@ -12,6 +12,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "figures": figures,
     "convert": convert,
+    "export": export,
 }
 
 

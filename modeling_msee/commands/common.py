@@ -1,11 +1,10 @@
 """What the commands share: arguments for a model and a data set, and loading them."""
 
 import argparse
-from pathlib import Path
 
 from ..data.contract import check_class_names, load_split
 from ..evaluation.samples import EvaluationSamples
-from ..image_processing_msee import MSEEImageProcessor
+from ..inference.network import load_model
 from ..modeling_msee import MSEEForWeaklySupervisedSegmentation
 
 
@@ -18,24 +17,6 @@ def add_model_and_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=MODEL_HELP)
     parser.add_argument("--data", required=True, help=DATA_HELP)
     parser.add_argument("--split", default="validation", help="split with masks (default: %(default)s)")
-
-
-def load_model(path: str) -> tuple[MSEEForWeaklySupervisedSegmentation, MSEEImageProcessor]:
-    """Model, ready to predict, and processor of a checkpoint folder or Hub repository.
-
-    Raises:
-        OSError: neither is there, or a file is missing from it.
-    """
-    try:
-        model = MSEEForWeaklySupervisedSegmentation.from_pretrained(path).eval()
-        return model, MSEEImageProcessor.from_pretrained(path)
-    except OSError as error:
-        if Path(path).is_dir():
-            raise
-        raise FileNotFoundError(
-            f"{path}: expected a checkpoint folder or a Hub repository. "
-            f"There is no such folder here, and as a Hub repository: {error}"
-        ) from error
 
 
 def load_scored_data(
