@@ -4,11 +4,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .commands import convert, evaluate, export, figures
+from .commands import convert, evaluate, export, figures, predict
 
 
 # Each has HELP, add_arguments(parser) and run(arguments), which returns the exit code.
 COMMANDS = {
+    "predict": predict,
     "evaluate": evaluate,
     "figures": figures,
     "convert": convert,

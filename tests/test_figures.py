@@ -14,7 +14,6 @@ from modeling_msee.inference.figures import (
     Panel,
     figure_rows,
     heat_overlay,
-    overlay,
     region_panel,
 )
 from modeling_msee.inference.masks import voc_palette
@@ -25,15 +24,6 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 def grey_image(height=6, width=8, value=100):
     return np.full((height, width, 3), value, dtype=np.uint8)
-
-
-def test_overlay_tints_everything_but_background():
-    image = grey_image(1, 3)
-    result = overlay(image, np.array([[0, 1, 255]]), alpha=0.5)
-    assert result.tolist() == [[[100, 100, 100], [114, 50, 50], [162, 162, 146]]]
-    assert (image == 100).all()
-    with pytest.raises(ValueError, match=r"segmentation must have the image's size \(1, 3\), got \(3, 1\)"):
-        overlay(image, np.zeros((3, 1), int))
 
 
 def test_heat_overlay_goes_from_blue_to_red():

@@ -1,10 +1,10 @@
-"""VOC colours and palette PNG files."""
+"""VOC colours, overlays and palette PNG files."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_msee.inference.masks import colorize, save_palette_png, voc_palette
+from modeling_msee.inference.masks import colorize, overlay, save_palette_png, voc_palette
 
 
 def test_voc_palette():
@@ -42,3 +42,12 @@ def test_palette_png_keeps_the_values(tmp_path):
     with pytest.raises(ValueError, match="holds 0 to 300"):
         save_palette_png(np.array([[0, 300]]), tmp_path / "bad.png")
     assert not (tmp_path / "bad.png").exists()
+
+
+def test_overlay_tints_everything_but_background():
+    image = np.full((1, 3, 3), 100, dtype=np.uint8)
+    result = overlay(image, np.array([[0, 1, 255]]), alpha=0.5)
+    assert result.tolist() == [[[100, 100, 100], [114, 50, 50], [162, 162, 146]]]
+    assert (image == 100).all()
+    with pytest.raises(ValueError, match=r"segmentation must have the image's size \(1, 3\), got \(3, 1\)"):
+        overlay(image, np.zeros((3, 1), int))

@@ -1,16 +1,19 @@
 """What the model sees in one image, step by step, as panels of a figure."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ..encoder_msee import EncoderFeatures
 from ..image_processing_msee import MSEEImageProcessor
 from ..modeling_msee import MSEEForWeaklySupervisedSegmentation
 from ..regions_msee import reliable_regions
-from .figures import Panel, heat_overlay, overlay, region_panel
-from .masks import colorize, voc_palette
+from .figures import Panel, heat_overlay, region_panel
+from .masks import colorize, overlay, voc_palette
 
 
 REGION_COLOUR = (255, 64, 64)
@@ -39,21 +42,12 @@ def explain(
     picture = np.asarray(image)
     student = model.encode(pixel_values)
     logits = model.decoder(student.features)
-    grid = student.features.shape[-2:]
-    passes = model.upright_passes(pixel_values, student, model.config.scale_factors)
-    maps = {scale: model.labelled_activation_maps(view.features, labels) for scale, view in passes.items()}
-    on_grid = [_resize(maps[scale], grid) for scale in model.config.scale_factors]
-    regions = reliable_regions(on_grid, logits.argmax(dim=1), labels, model.config.threshold_mode)
+    maps = _maps_per_scale(model, pixel_values, student, labels)
 
     panels = [Panel("Image", picture)]
     for scale in sorted(maps):
-        heat = _resize(maps[scale].amax(dim=1, keepdim=True), picture.shape[:2])[0, 0]
-        panels.append(Panel(f"CAM ×{scale:g}", heat_overlay(picture, heat.cpu().numpy())))
-    for scale, region in zip(model.config.scale_factors, regions, strict=True):
-        mask = _nearest(region[0], image.size)
-        panels.append(
-            Panel(f"B{'ˡ' if scale > 1 else 'ˢ'} ×{scale:g}", region_panel(picture, mask > 0, REGION_COLOUR))
-        )
+        panels.append(_heat_panel(f"CAM ×{scale:g}", picture, maps[scale].amax(dim=1)[0]))
+    panels += _region_panels(model, picture, maps, logits, labels)
     pseudo = _nearest(model.pseudo_labels(pixel_values, labels)[0], image.size)
     panels.append(Panel("Pseudo label", overlay(picture, pseudo)))
     segmentation = _resize(logits.float(), picture.shape[:2])[0].argmax(dim=0).cpu().numpy()
@@ -61,6 +55,71 @@ def explain(
     if target is not None:
         panels.append(Panel("Ground truth", colorize(target, voc_palette())))
     return panels
+
+
+@torch.no_grad()
+def activation_panels(
+    model: MSEEForWeaklySupervisedSegmentation, pixel_values: Tensor, picture: np.ndarray, titles: Mapping[int, str]
+) -> list[Panel]:
+    """The multi-scale CAM of some classes of one image, one panel each.
+
+    Args:
+        pixel_values: (1, 3, h, w).
+        picture: the same image, uint8 RGB (H, W, 3) of any size.
+        titles: of the panels, by foreground class (0 to K - 2).
+    """
+    pixel_values = pixel_values.to(model.device)
+    maps, _ = model.multi_scale_activation_maps(pixel_values, torch.tensor([list(titles)], device=model.device))
+    return [_heat_panel(title, picture, heat) for title, heat in zip(titles.values(), maps[0], strict=True)]
+
+
+@torch.no_grad()
+def region_panels(
+    model: MSEEForWeaklySupervisedSegmentation, pixel_values: Tensor, picture: np.ndarray, labels: Tensor
+) -> list[Panel]:
+    """The reliable regions (Eq. 3, 4) of one image, one panel for each scale factor.
+
+    Args:
+        pixel_values: (1, 3, h, w).
+        picture: the same image, uint8 RGB (H, W, 3) of any size.
+        labels: multi-hot image-level labels (1, K - 1).
+    """
+    pixel_values, labels = pixel_values.to(model.device), labels.to(model.device)
+    student = model.encode(pixel_values)
+    maps = _maps_per_scale(model, pixel_values, student, labels)
+    return _region_panels(model, picture, maps, model.decoder(student.features), labels)
+
+
+def _maps_per_scale(
+    model: MSEEForWeaklySupervisedSegmentation, pixel_values: Tensor, student: EncoderFeatures, labels: Tensor
+) -> dict[float, Tensor]:
+    """Eq. 1 maps of the labelled classes by scale, each on its own grid."""
+    passes = model.upright_passes(pixel_values, student, model.config.scale_factors)
+    return {scale: model.labelled_activation_maps(view.features, labels) for scale, view in passes.items()}
+
+
+def _region_panels(
+    model: MSEEForWeaklySupervisedSegmentation,
+    picture: np.ndarray,
+    maps: Mapping[float, Tensor],
+    logits: Tensor,
+    labels: Tensor,
+) -> list[Panel]:
+    scales = model.config.scale_factors
+    on_grid = [_resize(maps[scale], logits.shape[-2:]) for scale in scales]
+    regions = reliable_regions(on_grid, logits.argmax(dim=1), labels, model.config.threshold_mode)
+    panels = []
+    for scale, region in zip(scales, regions, strict=True):
+        mask = _nearest(region[0], (picture.shape[1], picture.shape[0]))
+        title = f"B{'ˡ' if scale > 1 else 'ˢ'} ×{scale:g}"
+        panels.append(Panel(title, region_panel(picture, mask > 0, REGION_COLOUR)))
+    return panels
+
+
+def _heat_panel(title: str, picture: np.ndarray, heat: Tensor) -> Panel:
+    """A map (h, w) in [0, 1] over its image."""
+    resized = _resize(heat[None, None], picture.shape[:2])[0, 0]
+    return Panel(title, heat_overlay(picture, resized.cpu().numpy()))
 
 
 def _resize(maps: Tensor, size: tuple[int, ...]) -> Tensor:

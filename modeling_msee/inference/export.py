@@ -120,7 +120,7 @@ def _save_onnx(path: InferencePath, settings: str, output: Path) -> Run:
     program = torch.onnx.export(
         exported_program(path),
         input_names=["pixel_values"],
-        output_names=list(OUTPUT_NAMES),
+        output_names=["logits", "class_logits"],
         dynamo=True,
         verbose=False,
     )

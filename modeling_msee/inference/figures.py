@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from .masks import colorize, voc_palette
+from .masks import blend, check_image, check_same_size, voc_palette
 
 
 _DPI = 150
@@ -34,33 +34,7 @@ class Panel:
     image: np.ndarray
 
     def __post_init__(self) -> None:
-        _check_image(self.image)
-
-
-def _check_image(image: np.ndarray) -> None:
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"expected an RGB image, uint8 (H, W, 3), got {image.dtype} {image.shape}")
-
-
-def _check_same_size(image: np.ndarray, name: str, values: np.ndarray) -> None:
-    _check_image(image)
-    if values.shape != image.shape[:2]:
-        raise ValueError(f"{name} must have the image's size {image.shape[:2]}, got {values.shape}; resize it first")
-
-
-def _blend(image: np.ndarray, colours: np.ndarray, alpha: float) -> np.ndarray:
-    return np.rint((1 - alpha) * image + alpha * colours.astype(np.float32)).astype(np.uint8)
-
-
-def overlay(image: np.ndarray, segmentation: np.ndarray, alpha: float = 0.55) -> np.ndarray:
-    """The image with every pixel that is not background tinted in its class's VOC colour, uint8 (H, W, 3).
-
-    `segmentation` is (H, W) at the image's size, 255 tinted cream; `alpha` in [0, 1] is the colour's share.
-    """
-    segmentation = np.asarray(segmentation)
-    _check_same_size(image, "segmentation", segmentation)
-    tinted = _blend(image, colorize(segmentation, voc_palette()), alpha)
-    return np.where((segmentation > 0)[..., None], tinted, image)
+        check_image(self.image)
 
 
 def heat_overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
@@ -69,11 +43,11 @@ def heat_overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     Raises ValueError for another size or values outside [0, 1], nan included.
     """
     heat = np.asarray(heat, dtype=np.float32)
-    _check_same_size(image, "map", heat)
+    check_same_size(image, "map", heat)
     if not (heat.min() >= -1e-3 and heat.max() <= 1 + 1e-3):  # a comparison with nan is False
         raise ValueError(f"expected a map in [0, 1], got [{heat.min()}, {heat.max()}]")
     colours = 255 * matplotlib.colormaps["turbo"](np.clip(heat, 0, 1))[..., :3]
-    return _blend(image, colours, 0.5)
+    return blend(image, colours, 0.5)
 
 
 def region_panel(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
@@ -82,12 +56,12 @@ def region_panel(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, in
     `mask` is bool (H, W) at the image's size. Returns uint8 (H, W, 3).
     """
     mask = np.asarray(mask)
-    _check_same_size(image, "mask", mask)
+    check_same_size(image, "mask", mask)
     if mask.dtype != np.bool_:
         raise ValueError(f"expected a bool mask, got {mask.dtype}")
     grey = np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2)
     outside = np.rint(0.45 * grey).astype(np.uint8)
-    return np.where(mask[..., None], _blend(image, np.array(colour), 0.5), outside)
+    return np.where(mask[..., None], blend(image, np.array(colour), 0.5), outside)
 
 
 def _fitted_size(image: np.ndarray) -> tuple[int, int]:
