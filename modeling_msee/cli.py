@@ -4,12 +4,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .commands import convert, evaluate, export, figures, predict
+from .commands import convert, evaluate, export, figures, predict, pseudo_label
 
 
 # Each has HELP, add_arguments(parser) and run(arguments), which returns the exit code.
 COMMANDS = {
     "predict": predict,
+    "pseudo-label": pseudo_label,
     "evaluate": evaluate,
     "figures": figures,
     "convert": convert,

@@ -180,10 +180,15 @@ class MSEEForWeaklySupervisedSegmentation(MSEEEncoder):
         return output
 
     @torch.no_grad()
-    def pseudo_labels(self, pixel_values: Tensor, labels: Tensor, box: Tensor | None = None) -> Tensor:
-        """Refined pseudo labels of the main activation maps: (B, 3, H, W), (B, K - 1) -> (B, H, W), 255 ignored."""
+    def pseudo_labels(
+        self, pixel_values: Tensor, labels: Tensor, box: Tensor | None = None, maps: Tensor | None = None
+    ) -> Tensor:
+        """Refined pseudo labels: (B, 3, H, W), (B, K - 1) -> (B, H, W), 255 ignored.
+
+        They come from `maps` (B, K - 1, H, W) in [0, 1], by default the main multi-scale activation maps.
+        """
         labels, box = checked_labels(labels, pixel_values, self.config), checked_box(box, pixel_values)
-        maps, _ = self.multi_scale_activation_maps(pixel_values)
+        maps = self.multi_scale_activation_maps(pixel_values)[0] if maps is None else maps
         return self._refined(pixel_values, maps, labels, box)
 
     def _weighted_terms(self) -> dict[str, tuple[float, int]]:

@@ -11,6 +11,9 @@ from ..image_processing_msee import MSEEImageProcessor
 from ..modeling_msee import MSEEForWeaklySupervisedSegmentation
 
 
+PRESENT = 0.5  # image-level probability from which a class counts as predicted
+
+
 @dataclass(frozen=True)
 class NetworkScores:
     """What the network gives for a batch: `logits` (B, K, h, w) on the patch grid, `class_logits` (B, K - 1)."""

@@ -14,14 +14,13 @@ from tqdm.auto import tqdm
 
 from .legend import with_legend
 from .masks import overlay, reduced_picture, save_palette_png
-from .network import Segmenter, load_model, torch_segmenter
+from .network import PRESENT, Segmenter, load_model, torch_segmenter
 from .onnx_file import onnx_segmenter
 from .segment import Prediction, segment
 from .sources import Unreadable, collect_sources
 
 
 LARGEST_OVERLAY = 2048  # pixels a side
-PRESENT = 0.5  # image-level probability from which a class counts as predicted
 
 
 # Draws what was found in an image, for classes with a title each, into a file.
@@ -148,7 +147,7 @@ def _write_files(
         "masks": (".png", partial(save_palette_png, segmentation)),
         "overlays": (".jpg", partial(Image.fromarray(shown).save, format="JPEG", quality=92)),
     }
-    found = predicted_classes(prediction.probabilities)
+    found = np.flatnonzero(prediction.probabilities >= PRESENT).tolist() or [int(prediction.probabilities.argmax())]
     titles = {c: f"{class_names[c + 1]} {prediction.probabilities[c]:.2f}" for c in found}
     for kind, draw in figures.items():
         writers[kind] = (".png", partial(draw, prediction, titles))
@@ -157,12 +156,6 @@ def _write_files(
         files[kind.removesuffix("s")] = f"{kind}/{name}{suffix}"
         _write_whole(output / kind / f"{name}{suffix}", write)
     return files
-
-
-def predicted_classes(probabilities: np.ndarray) -> list[int]:
-    """Foreground classes of at least 0.5 in image-level probabilities (K - 1,), or the most probable one."""
-    found = np.flatnonzero(probabilities >= PRESENT).tolist()
-    return found or [int(probabilities.argmax())]
 
 
 def _percent(share: float) -> str:

@@ -73,6 +73,12 @@ def network_size(processor: MSEEImageProcessor, height: int, width: int) -> tupl
     return rows * patch_size, columns * patch_size
 
 
+def processor_of_size(processor: MSEEImageProcessor, size: tuple[int, int]) -> MSEEImageProcessor:
+    """The same processor for images that all become `size`: height and width in whole patches."""
+    fixed = {"height": size[0], "width": size[1]}
+    return MSEEImageProcessor.from_dict({**processor.to_dict(), "size": fixed})
+
+
 def _segment_window(
     segmenter: Segmenter, sources: Sequence[ImageSource], batch_size: int
 ) -> Iterator[Prediction | Unreadable]:
@@ -99,8 +105,7 @@ def _segment_batch(
     segmenter: Segmenter, pairs: Sequence[tuple[ImageSource, Tensor]], size: tuple[int, int]
 ) -> Iterator[Prediction]:
     """Sources and images (3, H, W) that all have `size` at the network."""
-    fixed = {"height": size[0], "width": size[1]}
-    processor = MSEEImageProcessor.from_dict({**segmenter.processor.to_dict(), "size": fixed})
+    processor = processor_of_size(segmenter.processor, size)
     pixel_values = processor([image for _, image in pairs], return_tensors="pt")["pixel_values"]
     scores = segmenter.scores(pixel_values)
     classes = len(segmenter.class_names)
