@@ -4,11 +4,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .commands import convert, evaluate, export, figures, predict, pseudo_label
+from .commands import check_data, convert, evaluate, export, figures, predict, pseudo_label
 
 
 # Each has HELP, add_arguments(parser) and run(arguments), which returns the exit code.
 COMMANDS = {
+    "check-data": check_data,
     "predict": predict,
     "pseudo-label": pseudo_label,
     "evaluate": evaluate,
@@ -18,15 +19,20 @@ COMMANDS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 1 and a message on standard error for bad input."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command; what it parses has `run`, the function to call with it."""
     parser = argparse.ArgumentParser(prog="msee", description=__doc__)
     subparsers = parser.add_subparsers(required=True, metavar="command")
     for name, command in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=command.HELP, description=command.__doc__)
         command.add_arguments(subparser)
         subparser.set_defaults(run=command.run)
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 1 and a message on standard error for bad input."""
+    arguments = build_parser().parse_args(argv)
     try:
         return arguments.run(arguments)
     except (ValueError, OSError, ImportError) as error:

@@ -22,26 +22,34 @@ def load_split(path: str, split: str) -> Dataset:
         ValueError: no such split, or the columns are not those of the contract.
         FileNotFoundError: neither a folder nor a reachable Hub repository.
     """
-    loaded = _load(path)
-    splits = loaded if isinstance(loaded, DatasetDict) else {str(loaded.split or split): loaded}
+    splits = _load(path, split)
     if split not in splits:
         raise ValueError(f"{path}: expected a split {split!r}, found {', '.join(splits)}.")
-    loaded = splits[split]
-    check_columns(loaded, path)
-    # Files are decoded here and not by the library, so that a broken one can be named.
+    return _undecoded(splits[split], path)
+
+
+def load_splits(path: str) -> dict[str, Dataset]:
+    """All splits of a data set by name; errors as in `load_split`."""
+    return {name: _undecoded(dataset, path) for name, dataset in _load(path, "train").items()}
+
+
+def _undecoded(dataset: Dataset, path: str) -> Dataset:
+    """The data set with checked columns; its files are decoded by `read_image`, so that a broken one can be named."""
+    check_columns(dataset, path)
     for column in ("image", "segmentation_map"):
-        if column in loaded.column_names:
-            loaded = loaded.cast_column(column, Image(decode=False))
-    return loaded
+        if column in dataset.column_names:
+            dataset = dataset.cast_column(column, Image(decode=False))
+    return dataset
 
 
-def _load(path: str) -> Dataset | DatasetDict:
-    """All splits, or the one data set that a folder of `save_to_disk` holds."""
+def _load(path: str, unnamed: str) -> DatasetDict:
+    """All splits; the one of a folder of `save_to_disk` that does not say which it is counts as `unnamed`."""
     folder = Path(path)
     if folder.is_file():
         raise ValueError(f"{path}: expected a folder or a Hub repository, got a file.")
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return load_from_disk(path)
+        loaded = load_from_disk(path)
+        return loaded if isinstance(loaded, DatasetDict) else DatasetDict({str(loaded.split or unnamed): loaded})
     try:
         return load_dataset(path)
     except OSError as error:
@@ -109,7 +117,7 @@ def read_image(sample: dict, column: str = "image") -> PILImage.Image:
     try:
         image = PILImage.open(source)
         image.load()
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
         name = stored["path"] or sample["image_id"]
         raise ValueError(
             f"{column} {name} (image_id {sample['image_id']}) cannot be read: {error}. "
