@@ -4,7 +4,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .commands import check_data, convert, evaluate, export, figures, predict, pseudo_label
+from .commands import (
+    check_data,
+    compare,
+    convert,
+    evaluate,
+    export,
+    failures,
+    figures,
+    predict,
+    pseudo_label,
+    regions,
+)
 
 
 # Each has HELP, add_arguments(parser) and run(arguments), which returns the exit code.
@@ -14,6 +25,9 @@ COMMANDS = {
     "pseudo-label": pseudo_label,
     "evaluate": evaluate,
     "figures": figures,
+    "compare": compare,
+    "regions": regions,
+    "failures": failures,
     "convert": convert,
     "export": export,
 }

@@ -1,10 +1,12 @@
 """What the commands share: arguments for a model and a data set, and loading them."""
 
 import argparse
+from pathlib import Path
 
 from ..data.contract import check_class_names, load_split
 from ..evaluation.samples import EvaluationSamples
 from ..inference.network import load_model
+from ..inference.pictures import Picture, choose_pictures
 from ..modeling_msee import MSEEForWeaklySupervisedSegmentation
 
 
@@ -17,6 +19,22 @@ def add_model_and_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=MODEL_HELP)
     parser.add_argument("--data", required=True, help=DATA_HELP)
     parser.add_argument("--split", default="validation", help="split with masks (default: %(default)s)")
+
+
+def add_figure_data(parser: argparse.ArgumentParser, count: int) -> None:
+    """The arguments of commands that draw images of a split: those that `load_pictures` reads, and the output."""
+    parser.add_argument("--data", required=True, help=DATA_HELP)
+    parser.add_argument("--split", default="validation", help="masks are drawn if it has any (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=count, help="number of images (default: %(default)s)")
+    parser.add_argument("--min-classes", type=int, default=0, help="only images with at least as many classes")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the pictures")
+
+
+def load_pictures(arguments: argparse.Namespace, model: MSEEForWeaklySupervisedSegmentation) -> list[Picture]:
+    """The images to draw, evenly spaced over a split that has the model's classes."""
+    dataset = load_split(arguments.data, arguments.split)
+    check_class_names(dataset, model.config.label_names, arguments.data)
+    return choose_pictures(dataset, arguments.count, arguments.min_classes)
 
 
 def load_scored_data(

@@ -3,35 +3,30 @@
 import argparse
 from pathlib import Path
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from ..inference.explain import explain
 from ..inference.figures import figure_rows
-from .common import add_model_and_data, load_scored_data
+from ..inference.rows import legend, steps_row
+from .common import MODEL_HELP, add_figure_data, load_model, load_pictures
 
 
 HELP = "draw image, CAMs, regions, labels and result in rows"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_and_data(parser)
-    parser.add_argument("--count", type=int, default=8, help="number of images (default: %(default)s)")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("model", help=MODEL_HELP)
+    add_figure_data(parser, count=8)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    model, samples = load_scored_data(arguments)
+    model, processor = load_model(arguments.model)
+    pictures = load_pictures(arguments, model)
+    explanations = [explain(model, processor, item.image, item.labels) for item in tqdm(pictures, desc="Drawing")]
+    rows = [steps_row(*pair) for pair in zip(pictures, explanations, strict=True)]
     arguments.output.mkdir(parents=True, exist_ok=True)
-    chosen = np.linspace(0, len(samples) - 1, min(arguments.count, len(samples))).round().astype(int)
-    rows, present = [], {0}
-    for index in tqdm(chosen.tolist(), desc="Drawing"):
-        sample = samples[index]
-        target = sample["segmentation_map"].numpy()
-        rows.append(explain(model, samples.processor, samples.image(index), sample["labels"], target))
-        present |= {int(label) + 1 for label in sample["labels"].nonzero()}
-    names = {value: model.config.label_names[value] for value in sorted(present)} | {255: "ignored"}
     path = arguments.output / f"{arguments.split}.png"
+    names = legend(model.config.label_names, pictures, explanations)
     figure_rows(rows, names, path, f"{Path(arguments.model).name} on {arguments.split}")
     print(f"Written to {path}")
     return 0

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 
 from ..data.check import Report
 from ..data.contract import read_rgb
+from .figures import shortened
 
 
 _DPI = 150
@@ -84,6 +85,5 @@ def _draw_strip(figure: Figure, strip: Strip, left: float, top: float) -> None:
         fitted = ImageOps.pad(picture, (_SIDE, _SIDE), color="white")
         axes.imshow(np.asarray(fitted), interpolation="nearest", aspect="auto")
         axes.set_axis_off()
-        # The end of a long name tells images apart.
-        short = name if len(name) <= _NAME_CHARACTERS else f"…{name[1 - _NAME_CHARACTERS :]}"
-        figure.text((x + side / 2) / width, (y - 0.02) / height, short, fontsize=5.5, ha="center", va="top")
+        text = shortened(name, _NAME_CHARACTERS)
+        figure.text((x + side / 2) / width, (y - 0.02) / height, text, fontsize=5.5, ha="center", va="top")

@@ -24,14 +24,17 @@ _MARGIN = 0.12
 _LINE = 0.17  # height of a line of column title or legend
 _CHARACTER = 0.067  # width of a character of the legend
 _CELL_CHARACTERS = 22  # column titles are wrapped to this
+_CAPTION = 0.15  # height of a line of captions
+_CAPTION_CHARACTERS = 30  # captions are cut to this
 
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """One picture of a figure: a column title and an RGB image, uint8 (H, W, 3)."""
+    """One picture of a figure: a column title, an RGB image, uint8 (H, W, 3), and a line of text below it."""
 
     title: str
     image: np.ndarray
+    caption: str = ""
 
     def __post_init__(self) -> None:
         check_image(self.image)
@@ -126,6 +129,17 @@ def _draw_row(figure: Figure, row: Sequence[Panel], top: float, cell_height: int
         axes = figure.add_axes(box)
         axes.imshow(_fit(panel.image, cell_height), interpolation="nearest", aspect="auto")
         axes.set_axis_off()
+        text = shortened(panel.caption, _CAPTION_CHARACTERS)
+        figure.text((left + _CELL / 2) / width, (bottom - 0.02) / height, text, fontsize=7, ha="center", va="top")
+
+
+def shortened(text: str, characters: int) -> str:
+    """The text, or its end, which tells names of images apart, in this many characters."""
+    return text if len(text) <= characters else f"…{text[1 - characters :]}"
+
+
+def _caption_height(row: Sequence[Panel]) -> float:
+    return _CAPTION if any(panel.caption for panel in row) else 0.0
 
 
 def figure_rows(rows: Sequence[Sequence[Panel]], class_names: Mapping[int, str], path: str | Path, title: str) -> None:
@@ -146,7 +160,7 @@ def figure_rows(rows: Sequence[Sequence[Panel]], class_names: Mapping[int, str],
     heading = textwrap.fill(title, int((width - 2 * _MARGIN) / 0.1))
     head = 2 * _MARGIN + 0.2 * (heading.count("\n") + 1) + _LINE * max(text.count("\n") + 1 for text in wrapped)
     cell_heights = [max(_fitted_size(panel.image)[0] for panel in row) for row in rows]
-    height = head + sum(cell_heights) / _DPI + len(rows) * _GAP + legend
+    height = head + sum(cell_heights) / _DPI + sum(_caption_height(row) + _GAP for row in rows) + legend
 
     figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)
@@ -157,6 +171,6 @@ def figure_rows(rows: Sequence[Sequence[Panel]], class_names: Mapping[int, str],
     top = height - head
     for row, cell_height in zip(rows, cell_heights, strict=True):
         _draw_row(figure, row, top, cell_height)
-        top -= cell_height / _DPI + _GAP
+        top -= cell_height / _DPI + _caption_height(row) + _GAP
     _draw_legend(figure, class_names, columns, entry)
     figure.savefig(path, dpi=_DPI, format="png")

@@ -31,12 +31,32 @@ def _to_disk(path: Path) -> None:
 
 def last_complete(output_dir: str | Path) -> str | None:
     """The newest complete checkpoint in a folder; incomplete ones are named and passed over."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    for path in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+    for _, path in reversed(_checkpoints(output_dir)):
         if (path / MARKER).is_file():
             return str(path)
         print(f"Passing over {path}, which was not written to its end.")
     return None
+
+
+def complete_checkpoints(output_dir: str | Path) -> dict[int, Path]:
+    """The complete checkpoints in a folder by their step, the first one first.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = {step: path for step, path in _checkpoints(output_dir) if (path / MARKER).is_file()}
+    if not found:
+        raise ValueError(
+            f"{output_dir}: expected the output folder of a run with complete folders checkpoint-N, found none. "
+            "Train with --save_steps N, and with --save_total_limit null to keep all of them."
+        )
+    return found
+
+
+def _checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
+    """Step and folder of every checkpoint, complete or not, in order."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted((int(path.name.split("-")[1]), path) for path in found)
 
 
 def check_complete(folder: str | Path) -> None:
