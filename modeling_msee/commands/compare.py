@@ -6,8 +6,8 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ..data.contract import check_class_names, load_split
-from ..inference.explain import explain
-from ..inference.figures import figure_rows
+from ..inference.explain import Explanation, explain
+from ..inference.figures import Panel, figure_rows
 from ..inference.rows import legend, results_row
 from .common import MODEL_HELP, add_figure_data, load_model, load_pictures
 
@@ -29,7 +29,8 @@ def run(arguments: argparse.Namespace) -> int:
     labels = models[0][0].config.label_names
     last = [Path(path).name for path in paths]
     names = last if last[0] != last[1] else list(paths)
-    rows, explanations = [], []
+    rows: list[list[Panel]] = []
+    explanations: list[Explanation] = []
     for picture in tqdm(pictures, desc="Drawing"):
         both = {
             name: explain(model, processor, picture.image, picture.labels)

@@ -89,7 +89,7 @@ class Report:
         """Images of each split, and how many are tagged with each class."""
         splits = self.source.splits
         counts = {split.name: _per_class(self.images[split.name], len(self.source.class_names)) for split in splits}
-        rows = [
+        rows: list[tuple[str, list[object]]] = [
             ("", [split.name for split in splits]),
             ("images", [len(self.images[split.name]) for split in splits]),
             ("masks", ["yes" if split.has_masks else "no" for split in splits]),
