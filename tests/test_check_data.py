@@ -19,7 +19,7 @@ pytest_plugins = ["training_fixtures"]
 Rows = Sequence[tuple[str, list[str]]]
 
 
-def photo(path: Path, value: int, size: tuple[int, int] = (64, 72)) -> None:
+def photo(path: Path, value: int, size: tuple[int, int] = (192, 216)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (value, 255 - value, 7)).save(path)
 
@@ -44,7 +44,7 @@ def root(tmp_path: Path) -> Path:
 def masks(folder: Path, *names: str) -> None:
     (folder / "masks").mkdir(exist_ok=True)
     for name in names:
-        Image.fromarray(np.zeros((72, 64), np.uint8)).save(folder / "masks" / name)
+        Image.fromarray(np.zeros((216, 192), np.uint8)).save(folder / "masks" / name)
 
 
 # --- Fine -----------------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ def test_nothing_to_say(root: Path) -> None:
     assert report.problems == () and report.warnings == ()
     table = [line.split() for line in str(report).splitlines()]
     assert ["images", "3", "2"] in table and ["ant", "2", "1"] in table and ["no", "tag", "0", "0"] in table
-    assert report.images["train"][2].size == (64, 72) and report.images["train"][2].labels == (0, 1)
+    assert report.images["train"][2].size == (192, 216) and report.images["train"][2].labels == (0, 1)
 
 
 def test_the_pasted_commands_work(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script) -> None:
@@ -90,6 +90,22 @@ def test_separator_and_other_split_names(tmp_path: Path) -> None:
     assert report.source.class_names == ("ant", "bee") and report.problems == ()
     assert shlex.split(report.commands[0])[-4:] == ["--separator", "|", "--evaluation-splits", "score"]
     assert shlex.split(report.commands[1])[-4:] == ["--train_split", "learn", "--eval_split", "score"]
+
+
+@pytest.mark.parametrize(
+    ("side", "fields"),
+    [
+        (224, []),
+        (896, ["--rescale_min", "0.15", "--rescale_max", "0.28"]),  # 0.6 and 1.1 times a quarter
+        (112, ["--rescale_min", "1.2", "--rescale_max", "2.2"]),
+    ],
+)
+def test_rescaling_follows_the_size_of_the_photographs(tmp_path: Path, side: int, fields: list[str]) -> None:
+    for index in range(3):
+        photo(tmp_path / f"{index}.png", index, (side + index, side - index))
+    lines = [json.dumps({"file_name": f"{index}.png", "labels": ["ant"]}) for index in range(3)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    assert shlex.split(check_data(str(tmp_path)).commands[1])[7:] == ["--eval_split", "none", *fields]
 
 
 # --- Findings -------------------------------------------------------------------------------------
@@ -188,10 +204,10 @@ def test_command_and_contact_sheet(root: Path, tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().out.startswith(f"Contact sheet: {sheet}\n")
     with Image.open(sheet) as picture:
         pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
-    # Images 1 and 2 stand under one class, image 3 under both: 132 px high, as wide as 64 of 72.
+    # Images 1 and 2 stand under one class, image 3 under both: 132 px high, eight ninths as wide.
     for value, times in ((0, 1), (1, 1), (2, 2)):
         count = int((pixels == (value, 255 - value, 7)).all(axis=1).sum())
-        assert count == pytest.approx(times * 132 * 132 * 64 / 72, rel=0.05)
+        assert count == pytest.approx(times * 132 * 132 * 8 / 9, rel=0.05)
 
 
 def test_exit_code(root: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

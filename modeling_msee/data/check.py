@@ -31,6 +31,8 @@ from .tags import (
 SMALL_SIDE = 64  # pixels: four patches of 16
 IMBALANCE = 20  # images of the most over those of the least frequent class
 ALIKE = 0.8  # similarity of two spellings above which they may mean the same
+RECIPE_SIDE = 224  # pixels: the photographs that the rescaling of configuration/tags.yaml is made for
+RECIPE_RESCALE = (0.6, 1.1)
 SHOWN = 20  # messages of a kind in the printed report
 
 
@@ -140,7 +142,7 @@ def check_data(path: str, train_split: str = "train", separator: str = ";") -> R
         warnings += _size_warnings(name, facts)
     if train_split in images:
         warnings += _training_warnings(images, train_split, source.class_names)
-    commands = _commands(source, train_split, separator)
+    commands = _commands(source, images.get(train_split, []), train_split, separator)
     return Report(source, images, tuple(problems), tuple(warnings), tuple(commands))
 
 
@@ -339,7 +341,7 @@ def _section(title: str, messages: Sequence[str]) -> list[str]:
     return ["", f"{title}:", *(f"- {message}" for message in messages[:SHOWN]), *more]
 
 
-def _commands(source: Source, train_split: str, separator: str) -> list[str]:
+def _commands(source: Source, images: Sequence[ImageFacts], train_split: str, separator: str) -> list[str]:
     """What to paste: preparing a folder, and training."""
     scored = [split.name for split in source.splits if split.has_masks and split.name != train_split]
     dataset, commands = source.path, []
@@ -356,4 +358,14 @@ def _commands(source: Source, train_split: str, separator: str) -> list[str]:
     words += ["--train_split", train_split] if train_split != "train" else []
     if "validation" not in scored:
         words += ["--eval_split", scored[0] if scored else "none"]
-    return [*commands, shlex.join(words)]
+    return [*commands, shlex.join([*words, *_rescaling(images)])]
+
+
+def _rescaling(images: Sequence[ImageFacts]) -> list[str]:
+    """Fields that make a training crop hold as much of a photograph as the recipe's own, where they differ much."""
+    sides = [min(image.size) for image in images if not image.error]
+    factor = RECIPE_SIDE / float(np.median(sides)) if sides else 1.0
+    if 0.8 <= factor <= 1.25:
+        return []
+    low, high = (f"{factor * value:.2g}" for value in RECIPE_RESCALE)
+    return ["--rescale_min", low, "--rescale_max", high]

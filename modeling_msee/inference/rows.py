@@ -29,14 +29,15 @@ def steps_row(picture: Picture, explanation: Explanation) -> list[Panel]:
 def results_row(picture: Picture, explanations: Mapping[str, Explanation], num_labels: int) -> list[Panel]:
     """Image, CAM and segmentation of every model by its name, ground truth (Fig. 3, 6 and 7).
 
-    The segmentation's mIoU in this image is over the classes of its ground truth, `num_labels` with the background.
+    Segmentations are in plain colours, to be held against the ground truth. The mIoU of one in this image is over the
+    classes of the ground truth; `num_labels` counts the background.
     """
     image = np.asarray(picture.image)
     panels = [Panel("Image", image, picture.image_id)]
     for name, explanation in explanations.items():
         panels.append(Panel(f"{name} CAM".strip(), heat_overlay(image, explanation.fused_activation)))
         caption = _mean_iou(explanation.segmentation, picture.target, num_labels)
-        panels.append(Panel(f"{name} Seg".strip(), overlay(image, explanation.segmentation), caption))
+        panels.append(Panel(f"{name} Seg".strip(), colorize(explanation.segmentation, voc_palette()), caption))
     return [*panels, *_target_panels(picture)]
 
 
@@ -46,7 +47,7 @@ def training_row(picture: Picture, explanation: Explanation, step: int, num_labe
     caption = _mean_iou(explanation.segmentation, picture.target, num_labels)
     panels = [
         Panel("Image", image, f"step {step}"),
-        Panel("Segmentation S", overlay(image, explanation.segmentation), caption),
+        Panel("Segmentation S", colorize(explanation.segmentation, voc_palette()), caption),
     ]
     for scale, region in explanation.regions.items():
         panels.append(_activation_panel(image, explanation, scale))
