@@ -261,4 +261,4 @@ def test_file_tree_is_complete() -> None:
         whole = any(f"{parent}/" in listed and parent not in itemised for parent in folders)
         if path.name != "__init__.py" and not whole and str(path) not in listed:
             missing.append(str(path))
-    assert sorted(missing) == []
+    assert not missing, f"README.md, section Files: not listed: {', '.join(sorted(missing))}"

@@ -77,7 +77,12 @@ def test_without_a_mask_there_is_no_truth(picture, explanation) -> None:
 def test_legend_names_what_is_drawn(picture, explanation) -> None:
     """Also a class that is only predicted."""
     names = ["background", "ant", "bee", "cow"]
-    assert legend(names, [picture], [explanation]) == {0: "background", 1: "ant", 2: "bee", 255: "ignored"}
+    assert legend(names, [picture], [explanation.segmentation]) == {
+        0: "background",
+        1: "ant",
+        2: "bee",
+        255: "ignored",
+    }
     assert legend(names, [], []) == {0: "background"}
 
 

@@ -3,10 +3,11 @@
 import argparse
 from pathlib import Path
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from ..data.contract import check_class_names, load_split
-from ..inference.explain import Explanation, explain
+from ..inference.explain import explain
 from ..inference.figures import Panel, figure_rows
 from ..inference.rows import legend, results_row
 from .common import MODEL_HELP, add_figure_data, load_model, load_pictures
@@ -30,16 +31,16 @@ def run(arguments: argparse.Namespace) -> int:
     last = [Path(path).name for path in paths]
     names = last if last[0] != last[1] else list(paths)
     rows: list[list[Panel]] = []
-    explanations: list[Explanation] = []
+    drawn: list[np.ndarray] = []
     for picture in tqdm(pictures, desc="Drawing"):
         both = {
             name: explain(model, processor, picture.image, picture.labels)
             for name, (model, processor) in zip(names, models, strict=True)
         }
-        explanations += both.values()
+        drawn += [found.segmentation for found in both.values()]
         rows.append(results_row(picture, both, len(labels)))
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"comparison-{arguments.split}.png"
-    figure_rows(rows, legend(labels, pictures, explanations), path, f"{names[0]} and {names[1]} on {arguments.split}")
+    figure_rows(rows, legend(labels, pictures, drawn), path, f"{names[0]} and {names[1]} on {arguments.split}")
     print(f"Written to {path}")
     return 0

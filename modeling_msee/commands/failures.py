@@ -32,6 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows = [results_row(item, {"": found}, len(labels)) for item, found in zip(pictures, explanations, strict=True)]
     path = arguments.output / f"failures-{arguments.split}.png"
     title = f"{Path(arguments.model).name}: the lowest mIoU of {len(ranked)} images of {arguments.split}"
-    figure_rows(rows, legend(labels, pictures, explanations), path, title)
+    names = legend(labels, pictures, [found.segmentation for found in explanations])
+    figure_rows(rows, names, path, title)
     print(f"Written to {path} and {ranking}")
     return 0

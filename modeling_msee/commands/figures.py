@@ -24,9 +24,10 @@ def run(arguments: argparse.Namespace) -> int:
     pictures = load_pictures(arguments, model)
     explanations = [explain(model, processor, item.image, item.labels) for item in tqdm(pictures, desc="Drawing")]
     rows = [steps_row(*pair) for pair in zip(pictures, explanations, strict=True)]
+    drawn = [label_map for found in explanations for label_map in (found.pseudo_label, found.segmentation)]
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"{arguments.split}.png"
-    names = legend(model.config.label_names, pictures, explanations)
+    names = legend(model.config.label_names, pictures, drawn)
     figure_rows(rows, names, path, f"{Path(arguments.model).name} on {arguments.split}")
     print(f"Written to {path}")
     return 0

@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         rows = [training_row(picture, found, step, len(labels)) for step, found in seen.items()]
         path = arguments.output / f"regions-{arguments.split}-{index + 1}.png"
         title = f"{arguments.run_folder.resolve().name}: {picture.image_id} over training"
-        figure_rows(rows, legend(labels, [picture], seen.values()), path, title)
+        names = legend(labels, [picture], [found.segmentation for found in seen.values()])
+        figure_rows(rows, names, path, title)
         print(f"Written to {path}")
     return 0

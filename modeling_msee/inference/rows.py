@@ -55,14 +55,14 @@ def training_row(picture: Picture, explanation: Explanation, step: int, num_labe
     return [*panels, *_target_panels(picture)]
 
 
-def legend(names: Sequence[str], pictures: Iterable[Picture], explanations: Iterable[Explanation]) -> dict[int, str]:
-    """Names of the values that the pictures are tagged with or that a segmentation or pseudo label holds."""
+def legend(names: Sequence[str], pictures: Iterable[Picture], drawn: Iterable[np.ndarray]) -> dict[int, str]:
+    """Names of the values that the pictures are tagged with, their ground truth has or a drawn label map holds."""
     values = {0}
     for picture in pictures:
         values |= {int(label) + 1 for label in picture.labels.nonzero()}
         values |= set() if picture.target is None else set(np.unique(picture.target).tolist())
-    for explanation in explanations:
-        values |= set(np.unique(explanation.segmentation).tolist()) | set(np.unique(explanation.pseudo_label).tolist())
+    for label_map in drawn:
+        values |= set(np.unique(label_map).tolist())
     shown = {value: names[value] for value in sorted(values - {IGNORE_INDEX})}
     return shown | ({IGNORE_INDEX: "ignored"} if IGNORE_INDEX in values else {})
 
