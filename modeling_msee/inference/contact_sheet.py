@@ -22,7 +22,7 @@ _MARGIN = 0.12  # inches, as the lengths below
 _BETWEEN = 0.3  # columns of classes
 _HEADING = 0.24
 _NAME = 0.13  # height of the line with the names of the pictures
-_NAME_CHARACTERS = 20
+_NAME_CHARACTERS = 17
 
 
 @dataclass(frozen=True, eq=False)
