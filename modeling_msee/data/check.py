@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import os
 import re
 import shlex
 from collections import Counter
@@ -345,7 +346,7 @@ def _commands(source: Source, images: Sequence[ImageFacts], train_split: str, se
     """What to paste: preparing a folder, and training."""
     scored = [split.name for split in source.splits if split.has_masks and split.name != train_split]
     dataset, commands = source.path, []
-    name = Path(source.path).resolve().name
+    name = Path(os.path.abspath(source.path)).name  # of a link itself, not of what it leads to
     if source.is_folder_of_tags:
         dataset = f"outputs/{name}"
         words = ["python", "-m", "datasets_scripts.image_tags", "--root", source.path, "--output", dataset]
