@@ -12,7 +12,6 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-import yaml
 from datasets import Dataset
 from transformers import set_seed
 
@@ -29,6 +28,7 @@ from modeling_msee.training.arguments import (
     Recipe,
     method_fields,
     parse_recipe,
+    written_recipe,
 )
 from modeling_msee.training.augmentation import TrainingAugmentation
 from modeling_msee.training.samples import TrainingSamples
@@ -72,6 +72,7 @@ def main(arguments: list[str]) -> None:
     trainer.save_state()
     if samples is not None:
         report(trainer, samples)
+    trainer.create_model_card()
     if training.push_to_hub:
         trainer.push_to_hub()
 
@@ -117,7 +118,7 @@ def write_recipe(recipe: Recipe, trainer: MSEETrainer) -> None:
     if trainer.is_world_process_zero():
         output = Path(trainer.args.output_dir)
         output.mkdir(parents=True, exist_ok=True)
-        (output / "recipe.yaml").write_text(yaml.safe_dump(recipe.values, sort_keys=False), encoding="utf-8")
+        (output / "recipe.yaml").write_text(written_recipe(recipe.values), encoding="utf-8")
 
 
 def report(trainer: MSEETrainer, samples: EvaluationSamples) -> None:

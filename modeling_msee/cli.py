@@ -14,6 +14,8 @@ from .commands import (
     figures,
     predict,
     pseudo_label,
+    push,
+    push_data,
     regions,
 )
 
@@ -30,6 +32,8 @@ COMMANDS = {
     "failures": failures,
     "convert": convert,
     "export": export,
+    "push": push,
+    "push-data": push_data,
 }
 
 

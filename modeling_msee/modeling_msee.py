@@ -1,5 +1,6 @@
 """The M-SEE model: encoder, heads, and the whole training loss of the paper's §3 in one forward pass."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -100,6 +101,8 @@ class MSEEForWeaklySupervisedSegmentation(MSEEEncoder):
         """
         # The checkpoint may be stored in half precision; training starts in full.
         backbone_config = AutoConfig.from_pretrained(name_or_path, dtype=torch.float32)
+        if os.path.isdir(name_or_path):
+            backbone_config.name_or_path = ""  # a checkpoint travels, and this folder is nobody else's business
         config = MSEEConfig(backbone_config=backbone_config, **config_fields)
         model = cls(config)
         pretrained = AutoModel.from_pretrained(name_or_path, dtype=torch.float32)

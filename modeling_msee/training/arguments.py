@@ -12,6 +12,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import TrainingArguments
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.integrations import is_tensorboard_available
+from transformers.trainer_utils import HubStrategy
 
 from ..configuration_msee import MSEEConfig
 from .checkpoints import check_complete, last_complete
@@ -68,9 +69,11 @@ class MSEETrainingArguments(TrainingArguments):
             process follows from it, so the number of processes does not change the result.
         head_learning_rate_multiplier: learning rate of the heads in units of `learning_rate`.
         crf: score Seg + CRF after training, too.
+        hub_strategy: the model is published once, at the end, whole and with its results.
 
     Raises:
-        ValueError: the effective batch size cannot be shared out evenly.
+        ValueError: the effective batch size cannot be shared out evenly; a token among the fields; publishing before
+            the end.
     """
 
     output_dir: str = "outputs/msee"
@@ -94,8 +97,16 @@ class MSEETrainingArguments(TrainingArguments):
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
     batch_eval_metrics: bool = True
     report_to: str | list[str] = "default"
+    hub_strategy: HubStrategy | str = "end"
 
     def __post_init__(self):
+        if self.hub_token is not None:
+            raise ValueError(
+                "hub_token: expected none, because the fields of a run are written to its folder. Set the environment "
+                "variable HF_TOKEN or log in with `hf auth login`."
+            )
+        if self.hub_strategy != HubStrategy.END:
+            raise ValueError(f"hub_strategy: expected 'end', the only one here, got {self.hub_strategy!r}.")
         if self.report_to == "default":
             self.report_to = ["tensorboard"] if is_tensorboard_available() else []
         given = self.per_device_train_batch_size
@@ -144,6 +155,17 @@ class Recipe:
     training: MSEETrainingArguments
     config_fields: dict[str, Any]
     values: dict[str, Any]
+
+
+def written_recipe(values: dict[str, Any]) -> str:
+    """The values of a recipe as YAML; local folders begin with `./`, so that none passes for a Hub repository."""
+    folders = {
+        name: f"./{value}"
+        for name, value in values.items()
+        if name in ("dataset", "backbone", "model") and value is not None and Path(value).exists()
+        if not Path(value).is_absolute() and not value.startswith(".")
+    }
+    return yaml.safe_dump(values | folders, sort_keys=False)
 
 
 def method_fields() -> list[str]:

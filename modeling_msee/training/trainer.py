@@ -13,6 +13,8 @@ from transformers import EvalPrediction, Trainer
 
 from ..evaluation.confusion import scores
 from ..evaluation.scoring import MAP_NAMES, score_image
+from ..hub.card import write_model_card
+from ..hub.push import create_repository, push_checkpoint
 from .arguments import MSEETrainingArguments
 from .callbacks import AveragedHead, SampleOrder, SaveOnSigterm
 from .checkpoints import mark_complete
@@ -102,6 +104,37 @@ class MSEETrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             mark_complete(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """Save without publishing, which `push_to_hub` does once, when the results are there too."""
+        super().save_model(output_dir, _internal_call=True)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None):
+        """Create the repository before the training, so that a wrong token costs no run."""
+        if self.is_world_process_zero():
+            name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+            private = self.args.hub_private_repo if private is None else private
+            self.hub_model_id = create_repository(name, "model", private, token)
+
+    def create_model_card(self):  # type: ignore[override]  # nothing of what the library asks for is needed
+        """Write README.md of the output folder."""
+        if self.is_world_process_zero():
+            write_model_card(self.args.output_dir, self.hub_model_id)
+
+    def push_to_hub(  # type: ignore[override]  # one commit with one message, and it is waited for
+        self, token: str | None = None, revision: str | None = None, private: bool | None = None
+    ) -> None:
+        """Publish the output folder as `msee push` does, and print its address.
+
+        Raises:
+            ValueError, PermissionError, ConnectionError: as `push_checkpoint`.
+        """
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        if self.is_world_process_zero():
+            revision = self.args.hub_revision if revision is None else revision
+            address = push_checkpoint(self.args.output_dir, self.hub_model_id, revision=revision, token=token)
+            print(f"Published: {address}")
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
         train_dataset = self.train_dataset if train_dataset is None else train_dataset
