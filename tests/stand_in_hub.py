@@ -53,6 +53,7 @@ class StandInHub:
         self.received = 0
         self.uploads_before_hold: int | None = None  # so many uploads end, the next ones hang
         self.holding = threading.Event()
+        self.stored = threading.Event()
         self.released = threading.Event()
         self.lock = threading.Lock()
 
@@ -80,7 +81,7 @@ class StandInHub:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HTTP_PROXY": nowhere,
             "HTTPS_PROXY": nowhere,
-            "NO_PROXY": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,localhost",
         }
 
     def files(self, kind: str, repo_id: str, branch: str = "main") -> dict[str, bytes]:
@@ -288,7 +289,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         oid = hashlib.sha256(data).hexdigest()
         linked = {"X-Linked-Size": str(len(data)), "X-Linked-ETag": f'"{oid}"', "ETag": f'"{oid}"'}
-        self._answer(b"", 302, {**headers, **linked, "Location": f"{self.hub.url}/lfs/{oid}"})
+        # As on the Hub, large files lie on another host.
+        location = f"http://localhost:{self.hub.server.server_port}/lfs/{oid}"
+        self._answer(b"", 302, {**headers, **linked, "Location": location})
 
     def lfs_get(self, oid: str) -> None:
         data = self.hub.large[oid]
@@ -334,6 +337,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         assert hashlib.sha256(self.body).hexdigest() == oid
         self.hub.large[oid] = self.body
+        self.hub.stored.set()
         self._answer({})
 
     def commit(self, kind: str, repo: str, revision: str) -> None:

@@ -59,6 +59,8 @@ def _load(path: str, unnamed: str) -> DatasetDict:
             f"{path}: expected a folder that a builder of datasets_scripts wrote, or a Hub data set. "
             f"There is no such folder here, and as a Hub data set: {error}"
         ) from error
+    except RuntimeError as error:  # how the library refuses a data set that is built by a script
+        raise ValueError(f"{path}: {error}. The code of a data set is never run; give it as Parquet.") from error
 
 
 def check_columns(dataset: Dataset, path: str) -> None:

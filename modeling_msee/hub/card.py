@@ -1,5 +1,6 @@
 """The model card of a checkpoint folder: what it is, how good by which protocol, how it was made, how to use it."""
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -74,6 +75,8 @@ def write_model_card(folder: str | Path, repo_id: str | None = None) -> Path:
 def model_card(folder: str | Path, repo_id: str | None = None) -> ModelCard:
     """The card of a checkpoint folder; arguments and errors as `write_model_card`."""
     folder = Path(folder)
+    if not (folder / "config.json").is_file():  # without one the library takes the defaults
+        raise FileNotFoundError(f"{folder}: expected a checkpoint folder, found no config.json there.")
     config = MSEEConfig.from_pretrained(folder)
     recipe = yaml.safe_load(shareable_recipe(folder)) if (folder / "recipe.yaml").is_file() else {}
     metrics = read_metrics(folder / "metrics.json") if (folder / "metrics.json").is_file() else None
@@ -169,11 +172,12 @@ def _score_rows(metrics: Metrics) -> list[tuple[str, list[str]]]:
 
 def _details(metrics: Metrics) -> list[tuple[str, str]]:
     """What else the file of results says, one line each."""
-    return [
-        (key.replace("_", " "), _cell(yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()))
-        for key, value in metrics.details.items()
-        if value is not None
-    ]
+    lines = []
+    for key, value in metrics.details.items():
+        if value is not None:
+            text = yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
+            lines.append((key.replace("_", " "), text.replace("`", "'")))
+    return lines
 
 
 def _hyperparameters(config: MSEEConfig, recipe: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -8,6 +8,9 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 
+EXPECTED = "the results that `msee evaluate --output` writes"
+
+
 @dataclass(frozen=True)
 class Metrics:
     """One `metrics.json`: scores by row ("CAM", "Seg", ...), `per_class_iou` in the order of `class_names`.
@@ -30,11 +33,12 @@ def read_metrics(path: str | Path) -> Metrics:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        protocol, names, results = (content.pop(name) for name in ("protocol", "class_names", "results"))
-    except (json.JSONDecodeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: expected the results that `msee evaluate --output` writes, found no {error}; write it anew."
-        ) from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: expected {EXPECTED}, but it is no JSON: {error}; write it anew.") from error
+    missing = {"protocol", "class_names", "results"} - set(content if isinstance(content, dict) else ())
+    if missing:
+        raise ValueError(f"{path}: expected {EXPECTED}, found no {', '.join(sorted(missing))}; write it anew.")
+    protocol, names, results = (content.pop(name) for name in ("protocol", "class_names", "results"))
     return Metrics(str(protocol), names, results, content)
 
 
