@@ -86,7 +86,7 @@ def peak_memory() -> float:
 def parts_table(steps: list[dict[str, np.ndarray]], operations: dict[str, float], rate: float) -> list[str]:
     """A row for every part: seconds, seconds of processor time, operations, how much of the time those explain."""
     rows = {name: np.array([step[name] for step in steps]) for name in PARTS}
-    rows["step"] = sum(rows.values())
+    rows["step"] = np.sum(list(rows.values()), axis=0)
     operations = {**operations, "step": sum(operations.values())}
     lines = ["| part | seconds | CPU-seconds | GFLOP | products' share |", "|---|---|---|---|---|"]
     for name, values in rows.items():

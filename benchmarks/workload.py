@@ -86,7 +86,7 @@ class Workload:
         torch.manual_seed(0)
         recipe = read_recipe(str(CONFIGURATION / case.recipe))
         values = {name: recipe[name] for name in method_fields() if name in recipe}
-        config = MSEEConfig(**{**values, "backbone_config": case.encoder}, num_labels=case.num_classes + 1)
+        config = MSEEConfig(**{**values, "backbone_config": case.encoder, "num_labels": case.num_classes + 1})
         model = MSEEForWeaklySupervisedSegmentation(config).train()
         model.freeze_backbone_layers(recipe.get("frozen_backbone_layers", 0))
         groups = parameter_groups(model, recipe["learning_rate"], recipe["head_learning_rate_multiplier"], 0.01)

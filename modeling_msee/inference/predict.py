@@ -16,6 +16,7 @@ from .legend import with_legend
 from .masks import overlay, reduced_picture, save_palette_png
 from .network import PRESENT, Segmenter, load_model, torch_segmenter
 from .onnx_file import onnx_segmenter
+from .prediction_figures import draw_activation_maps, draw_regions
 from .segment import Prediction, segment
 from .sources import Unreadable, collect_sources
 
@@ -107,10 +108,6 @@ def _figures(segmenter: Segmenter, model: str | Path, cams: bool, regions: bool)
         return {}
     if segmenter.model is None:
         raise ValueError(f"{model}: CAMs and regions need the checkpoint; an ONNX file holds the inference path only.")
-    try:
-        from .prediction_figures import draw_activation_maps, draw_regions
-    except ImportError as error:
-        raise ImportError('pictures of CAMs and regions need matplotlib: pip install "msee[figures]"') from error
     figures: dict[str, Draw] = {}
     if cams:
         figures["cams"] = partial(draw_activation_maps, segmenter.model)

@@ -115,6 +115,7 @@ def _segment_batch(
         shrink = min(math.sqrt(LARGEST_SCORES / (classes * height * width)), 1.0)
         made_at = (max(int(height * shrink), 1), max(int(width * shrink), 1))
         labels = processor.post_process_semantic_segmentation(output, target_sizes=[made_at])[0]
+        assert isinstance(labels, Tensor)  # no scores were asked for
         segmentation = resize_labels(labels, (height, width)).to(torch.uint8).numpy()
         yield Prediction(
             source=source,

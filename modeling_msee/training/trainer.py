@@ -27,6 +27,8 @@ class MSEETrainer(Trainer):
 
     args: MSEETrainingArguments
 
+    hub_model_id: str | None  # type: ignore[assignment]  # declared as None in the library
+
     def __init__(self, *args, **kwargs):
         super().__init__(
             *args,
@@ -131,7 +133,7 @@ class MSEETrainer(Trainer):
         """
         if self.hub_model_id is None:
             self.init_hf_repo(token, private)
-        if self.is_world_process_zero():
+        if self.hub_model_id is not None:  # in the first process
             revision = self.args.hub_revision if revision is None else revision
             address = push_checkpoint(self.args.output_dir, self.hub_model_id, revision=revision, token=token)
             print(f"Published: {address}")
