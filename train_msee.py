@@ -18,9 +18,10 @@ from transformers import set_seed
 from modeling_msee import MSEEConfig, MSEEForWeaklySupervisedSegmentation, MSEEImageProcessor
 from modeling_msee.configuration_msee import label_fields
 from modeling_msee.data.contract import check_class_names, class_names, load_split, without_bad_images
-from modeling_msee.evaluation.evaluate import PROTOCOL, evaluate
+from modeling_msee.evaluation.evaluate import evaluate
+from modeling_msee.evaluation.protocols import MSEE
+from modeling_msee.evaluation.report import command_line, report
 from modeling_msee.evaluation.samples import EvaluationSamples
-from modeling_msee.evaluation.tables import format_table, write_metrics
 from modeling_msee.training.arguments import (
     DataArguments,
     ModelArguments,
@@ -71,7 +72,7 @@ def main(arguments: list[str]) -> None:
     trainer.save_model()
     trainer.save_state()
     if samples is not None:
-        report(trainer, samples)
+        score(trainer, samples, recipe.data, command_line(Path(__file__).name, arguments))
     trainer.create_model_card()
     if training.push_to_hub:
         trainer.push_to_hub()
@@ -121,14 +122,12 @@ def write_recipe(recipe: Recipe, trainer: MSEETrainer) -> None:
         (output / "recipe.yaml").write_text(written_recipe(recipe.values), encoding="utf-8")
 
 
-def report(trainer: MSEETrainer, samples: EvaluationSamples) -> None:
+def score(trainer: MSEETrainer, samples: EvaluationSamples, data: DataArguments, command: str) -> None:
     """Score the trained model and print and write the table."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    results = evaluate(model, samples, crf=trainer.args.crf)
-    if trainer.is_world_process_zero():
-        names = model.config.label_names
-        write_metrics(Path(trainer.args.output_dir) / "metrics.json", results, names, PROTOCOL)
-        print(format_table(results, names, PROTOCOL))
+    model, output = trainer.accelerator.unwrap_model(trainer.model), trainer.args.output_dir
+    result = evaluate(model, samples, MSEE.with_crf if trainer.args.crf else MSEE)
+    path, origin = Path(output) / "metrics.json", {"model": output, "data": data.dataset, "split": data.eval_split}
+    report(result, model.config.label_names, path, command=command, **origin)
 
 
 def usage() -> str:

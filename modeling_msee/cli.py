@@ -17,7 +17,9 @@ from .commands import (
     push,
     push_data,
     regions,
+    submit,
 )
+from .evaluation.report import command_line
 
 
 # Each has HELP, add_arguments(parser) and run(arguments), which returns the exit code.
@@ -26,6 +28,7 @@ COMMANDS = {
     "predict": predict,
     "pseudo-label": pseudo_label,
     "evaluate": evaluate,
+    "submit": submit,
     "figures": figures,
     "compare": compare,
     "regions": regions,
@@ -50,7 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 1 and a message on standard error for bad input."""
-    arguments = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    known = argparse.Namespace(command_line=command_line("msee", words))
+    arguments = build_parser().parse_args(words, known)
     try:
         return arguments.run(arguments)
     except (ValueError, OSError, ImportError) as error:

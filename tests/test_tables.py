@@ -37,7 +37,7 @@ def test_class_names_must_match(names, tmp_path):
     with pytest.raises(ValueError, match=f"row 'CAM' scores 4 classes, but {len(names)} class names"):
         format_table(ROWS, names, "x")
     with pytest.raises(ValueError, match="class names"):
-        write_metrics(tmp_path / "metrics.json", ROWS, names, "x")
+        write_metrics(tmp_path / "metrics.json", ROWS, names, {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -48,8 +48,8 @@ def test_no_rows():
 
 def test_metrics_json_has_no_nan(tmp_path):
     path = tmp_path / "new" / "metrics.json"
-    write_metrics(path, ROWS, NAMES, "single scale")
-    write_metrics(path, ROWS, NAMES, "single scale")  # over an existing file
+    write_metrics(path, ROWS, NAMES, {"protocol": "single scale"})
+    write_metrics(path, ROWS, NAMES, {"protocol": "single scale"})  # over an existing file
     assert [file.name for file in path.parent.iterdir()] == ["metrics.json"]
 
     def no_constant(name: str) -> None:
@@ -68,19 +68,19 @@ def test_scores_of_nothing_are_dashes_and_null(tmp_path):
     nothing = scores(np.zeros((4, 4), dtype=int))
     assert math.isnan(nothing["mean_iou"])
     assert "mIoU                 -" in format_table({"Seg": nothing}, NAMES, "x")
-    write_metrics(tmp_path / "metrics.json", {"Seg": nothing}, NAMES, "x")
+    write_metrics(tmp_path / "metrics.json", {"Seg": nothing}, NAMES, {})
     assert json.loads((tmp_path / "metrics.json").read_text())["results"]["Seg"]["mean_iou"] is None
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "metrics.json"
-    write_metrics(path, ROWS, NAMES, "old")
+    write_metrics(path, ROWS, NAMES, {"protocol": "old"})
 
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr("modeling_msee.evaluation.tables.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        write_metrics(path, ROWS, NAMES, "new")
+        write_metrics(path, ROWS, NAMES, {"protocol": "new"})
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.json"]
     assert json.loads(path.read_text())["protocol"] == "old"

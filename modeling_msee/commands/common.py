@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..data.contract import check_class_names, load_split
+from ..evaluation.protocols import PROTOCOLS, Protocol, find_protocol
 from ..evaluation.samples import EvaluationSamples
 from ..inference.network import load_model
 from ..inference.pictures import Picture, choose_pictures
@@ -28,6 +29,22 @@ def add_figure_data(parser: argparse.ArgumentParser, count: int) -> None:
     parser.add_argument("--count", type=int, default=count, help="number of images (default: %(default)s)")
     parser.add_argument("--min-classes", type=int, default=0, help="only images with at least as many classes")
     parser.add_argument("--output", type=Path, required=True, help="folder for the pictures")
+
+
+def add_protocol(parser: argparse.ArgumentParser, default: str) -> None:
+    """The arguments that `chosen_protocol` reads, and the number of worker processes."""
+    parser.add_argument(
+        "--protocol", default=default, metavar="NAME", help=f"one of {', '.join(PROTOCOLS)} (default: %(default)s)"
+    )
+    parser.add_argument("--crf", action="store_true", help="the same as the ending -crf of the protocol's name")
+    parser.add_argument(
+        "--crf-workers", type=int, default=2, metavar="N", help="processes for the dense CRF (default: %(default)s)"
+    )
+
+
+def chosen_protocol(arguments: argparse.Namespace) -> Protocol:
+    """The protocol asked for; ValueError if there is no such one."""
+    return find_protocol(arguments.protocol, arguments.crf)
 
 
 def load_pictures(arguments: argparse.Namespace, model: MSEEForWeaklySupervisedSegmentation) -> list[Picture]:

@@ -1,27 +1,35 @@
-"""`msee evaluate`: print and write mIoU of CAM, Seg and Seg + CRF."""
+"""`msee evaluate`: print and write mIoU of CAM, Seg and Seg + CRF under a named protocol."""
 
 import argparse
 from pathlib import Path
 
-from ..evaluation.evaluate import PROTOCOL, evaluate
-from ..evaluation.tables import format_table, write_metrics
-from .common import add_model_and_data, load_scored_data
+from accelerate import PartialState
+
+from ..evaluation.evaluate import evaluate
+from ..evaluation.report import report
+from .common import add_model_and_data, add_protocol, chosen_protocol, load_scored_data
 
 
-HELP = "print and write mIoU of CAM, Seg and Seg + CRF"
+HELP = "print and write mIoU of CAM, Seg and Seg + CRF under a named protocol"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_and_data(parser)
-    parser.add_argument("--crf", action="store_true", help="also score the segmentation after dense CRF")
+    add_protocol(parser, default="msee")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    protocol = chosen_protocol(arguments)
     model, samples = load_scored_data(arguments)
-    results = evaluate(model, samples, crf=arguments.crf)
-    names = model.config.label_names
-    if arguments.output is not None:
-        write_metrics(arguments.output, results, names, PROTOCOL)
-    print(format_table(results, names, PROTOCOL))
+    result = evaluate(model.to(PartialState().device), samples, protocol, arguments.crf_workers)
+    report(
+        result,
+        model.config.label_names,
+        arguments.output,
+        command=arguments.command_line,
+        model=arguments.model,
+        data=arguments.data,
+        split=arguments.split,
+    )
     return 0

@@ -1,5 +1,9 @@
 """Evaluation samples: whole images with image-level labels and label maps."""
 
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
 import torch
 from datasets import Dataset
@@ -8,6 +12,19 @@ from torch import Tensor
 
 from ..data.contract import class_names, multi_hot, read_image, read_rgb
 from ..image_processing_msee import IGNORE_INDEX, MSEEImageProcessor
+
+
+DIGEST_BITS = 128
+
+
+@dataclass(frozen=True)
+class ScoredSample:
+    """An RGB image, multi-hot labels (K - 1,), label map (H, W), 255 ignored, and a digest of all three."""
+
+    image: Image.Image
+    labels: Tensor
+    target: Tensor
+    digest: int
 
 
 class EvaluationSamples(torch.utils.data.Dataset):
@@ -28,14 +45,24 @@ class EvaluationSamples(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        sample = self.dataset[index]
-        image, target = read_rgb(sample), np.asarray(read_image(sample, "segmentation_map"))
-        self._check_mask(target, (image.height, image.width), sample["image_id"])
+        sample = self.read(index)
         return {
-            "labels": multi_hot(sample["labels"], self.num_classes, sample["image_id"]),
-            "pixel_values": self.processor(image, return_tensors="pt")["pixel_values"][0],
-            "segmentation_map": torch.from_numpy(target.astype(np.int64)),
+            "labels": sample.labels,
+            "pixel_values": self.processor(sample.image, return_tensors="pt")["pixel_values"][0],
+            "segmentation_map": sample.target,
         }
+
+    def read(self, index: int) -> ScoredSample:
+        """One image with all that it is scored by; ValueError if a file is broken or the mask does not fit."""
+        stored = self.dataset[index]
+        image, target = read_rgb(stored), np.asarray(read_image(stored, "segmentation_map"))
+        self._check_mask(target, (image.height, image.width), stored["image_id"])
+        return ScoredSample(
+            image=image,
+            labels=multi_hot(stored["labels"], self.num_classes, stored["image_id"]),
+            target=torch.from_numpy(target.astype(np.int64)),
+            digest=_digest(stored),
+        )
 
     def _check_mask(self, target: np.ndarray, size: tuple[int, int], image_id: str) -> None:
         if target.shape != size:
@@ -53,3 +80,14 @@ class EvaluationSamples(torch.utils.data.Dataset):
     def image(self, index: int) -> Image.Image:
         """The image at its own size."""
         return read_rgb(self.dataset[index])
+
+
+def _digest(stored: dict) -> int:
+    """Digest of one row: name, labels and both files as they are stored."""
+    state = hashlib.blake2b(digest_size=DIGEST_BITS // 8)
+    state.update(repr((stored["image_id"], stored["labels"])).encode())
+    for column in ("image", "segmentation_map"):
+        file = stored[column]
+        content = Path(file["path"]).read_bytes() if file["bytes"] is None else file["bytes"]
+        state.update(len(content).to_bytes(8, "big") + content)
+    return int.from_bytes(state.digest(), "big")

@@ -64,14 +64,16 @@ def _without_nan(value: Any) -> Any:
     return value
 
 
-def write_metrics(path: str | Path, rows: Mapping[str, Scores], class_names: Sequence[str], protocol: str) -> None:
-    """Write `{"protocol", "class_names", "results": {row: scores}}` as JSON; undefined scores become null.
+def write_metrics(
+    path: str | Path, rows: Mapping[str, Scores], class_names: Sequence[str], header: Mapping[str, Any]
+) -> None:
+    """Write `{**header, "class_names", "results": {row: scores}}` as JSON; undefined scores become null.
 
     The file appears whole or not at all: it is written beside `path` and renamed. Missing folders are
     created. Raises ValueError as `format_table` does.
     """
     _check_rows(rows, class_names)
-    content = {"protocol": protocol, "class_names": list(class_names), "results": dict(rows)}
+    content = {**header, "class_names": list(class_names), "results": dict(rows)}
     text = json.dumps(_without_nan(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

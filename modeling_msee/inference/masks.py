@@ -1,6 +1,7 @@
 """Label maps in the colours of PASCAL VOC, alone, over their image, and as indexed PNG files."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -73,7 +74,7 @@ def reduced_picture(image: np.ndarray, largest: int) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BOX))
 
 
-def save_palette_png(segmentation: np.ndarray, path: str | Path) -> None:
+def save_palette_png(segmentation: np.ndarray, path: str | Path | BinaryIO) -> None:
     """Write a label map (H, W), values 0 to 255, as an indexed PNG in VOC colours, as VOC's own masks are."""
     palette = voc_palette()
     colorize(segmentation, palette)  # its checks

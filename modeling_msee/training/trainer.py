@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction, Trainer
 
 from ..evaluation.confusion import scores
-from ..evaluation.scoring import MAP_NAMES, score_image
+from ..evaluation.protocols import MSEE
+from ..evaluation.scoring import score_image
 from ..hub.card import write_model_card
 from ..hub.push import create_repository, push_checkpoint
 from .arguments import MSEETrainingArguments
@@ -96,7 +97,7 @@ class MSEETrainer(Trainer):
         with self.compute_loss_context_manager():
             for index, pixel_values in enumerate(inputs["pixel_values"]):
                 target, labels = inputs["segmentation_map"][index], inputs["labels"][index][None]
-                matrices.append(score_image(unwrapped, pixel_values[None], labels, target).matrices)
+                matrices.append(score_image(unwrapped, {1.0: pixel_values[None]}, labels, target, MSEE).matrices)
         stacked = torch.from_numpy(np.stack(matrices)).to(self.args.device)
         return None, stacked, inputs["labels"]
 
@@ -162,7 +163,7 @@ class StreamingScores:
             return {}
         total, self.total = self.total.cpu().numpy(), None
         metrics = {}
-        for name, matrix in zip(MAP_NAMES, total, strict=True):
+        for name, matrix in zip(MSEE.row_names, total, strict=True):
             key, result = name.lower().replace(" ", "_"), scores(matrix)
             metrics[f"{key}_miou"] = result["mean_iou"]
             metrics[f"{key}_pixel_accuracy"] = result["pixel_accuracy"]
