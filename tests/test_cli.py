@@ -26,7 +26,12 @@ def test_evaluate(trained, tiny_data, tmp_path, capsys) -> None:
     """The same figures as at the end of training."""
     assert run("evaluate", trained, "--data", tiny_data, "--output", tmp_path / "new" / "scores.json") == 0
     scores = json.loads((tmp_path / "new" / "scores.json").read_text())
-    assert scores == json.loads((trained / "metrics.json").read_text())
+    at_the_end = json.loads((trained / "metrics.json").read_text())
+    for key in ("protocol", "description", "settings", "versions", "class_names", "data", "results"):
+        assert scores[key] == at_the_end[key]
+    assert scores["command"].startswith(f"msee evaluate {trained} --data {tiny_data} --output ")
+    assert at_the_end["command"].startswith("train_msee.py ") and " --eval_steps 3 " in at_the_end["command"]
+    assert scores["model"] == at_the_end["model"] == str(trained)
     table = capsys.readouterr().out
     assert table.startswith("Protocol: msee (Seg: one scale")
     assert all(word in table for word in ("Auxiliary CAM", "mIoU, all classes", "umbrella"))
@@ -38,14 +43,46 @@ def test_evaluate_needs_no_output(trained, tiny_data, tmp_path, monkeypatch, cap
     assert "pixel accuracy" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
+def scored(trained: Path, data: Path, output: Path, *words: str) -> dict:
+    assert run("evaluate", trained, "--data", data, "--output", output, *words) == 0
+    return json.loads(output.read_text())
+
+
 def test_evaluate_with_crf(trained, tiny_data, tmp_path) -> None:
+    """The flag and the ending of the name are one."""
     pytest.importorskip("pydensecrf")
-    assert run("evaluate", trained, "--data", tiny_data, "--crf", "--output", tmp_path / "scores.json") == 0
-    results = json.loads((tmp_path / "scores.json").read_text())["results"]
+    content = scored(trained, tiny_data, tmp_path / "scores.json", "--crf")
+    named = scored(trained, tiny_data, tmp_path / "named.json", "--protocol", "msee-crf", "--crf-workers", "1")
+    assert content | {"command": ""} == named | {"command": ""}
+    assert content["protocol"] == "msee-crf" and content["settings"]["crf"]["bilateral_xy"] == 121
+    assert content["versions"]["pydensecrf2"]
+    results = content["results"]
     plain = json.loads((trained / "metrics.json").read_text())["results"]
     assert list(results) == ["CAM", "Auxiliary CAM", "Seg", "Seg + CRF"]
     assert {name: results[name] for name in plain} == plain
     assert results["Seg + CRF"]["pixels"] == results["Seg"]["pixels"]
+
+
+def test_evaluate_over_scales_and_mirror_images(trained, tiny_data, tmp_path) -> None:
+    """The CAM does not depend on the protocol, the segmentation does."""
+    plain = json.loads((trained / "metrics.json").read_text())["results"]
+    results = scored(trained, tiny_data, tmp_path / "scores.json", "--protocol", "toco-voc")["results"]
+    assert list(results) == list(plain)
+    assert results["CAM"] == plain["CAM"] and results["Seg"]["per_class_iou"] != plain["Seg"]["per_class_iou"]
+    assert results["Seg"]["pixels"] == plain["Seg"]["pixels"]
+
+
+def test_evaluate_the_cam_alone(trained, tiny_data, tmp_path) -> None:
+    results = scored(trained, tiny_data, tmp_path / "scores.json", "--protocol", "cam")["results"]
+    plain = json.loads((trained / "metrics.json").read_text())["results"]
+    assert results == {name: plain[name] for name in ("CAM", "Auxiliary CAM")}
+
+
+@pytest.mark.parametrize(("words", "wanted"), [(["mse"], "mse"), (["cam", "--crf"], "cam-crf")])
+def test_protocols_that_do_not_exist(capsys, words: list[str], wanted: str) -> None:
+    assert run("evaluate", "unused", "--data", "unused", "--protocol", *words) == 1
+    error = capsys.readouterr().err
+    assert "error: expected a protocol out of msee, msee-crf, toco-voc" in error and f"got '{wanted}'" in error
 
 
 # --- figures --------------------------------------------------------------------------------------

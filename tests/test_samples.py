@@ -319,3 +319,22 @@ def test_image_file_outside_the_data_set(tmp_path: Path) -> None:
     os.remove(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"image .*a.png \(image_id a\) cannot be read: .*No such file"):
         read_image(sample)
+
+
+# --- Fingerprint ----------------------------------------------------------------------------------
+
+
+def test_digest_is_of_the_content(write_data, tmp_path: Path) -> None:
+    """Embedded or in files of any name the same; another label, mask, image or id is another digest."""
+    rows = [(picture(), [0], mask()), (picture(), [1], mask()), (picture(), [0], mask(value=2))]
+    data = load_split(str(write_data([(picture(), [0])], rows)), "validation")
+    first, second, third = (evaluation(data).read(index).digest for index in range(3))
+    assert len({first, second, third}) == 3 and 0 < first < 2**128
+    stored = data[0]
+    for column in ("image", "segmentation_map"):
+        (tmp_path / column).write_bytes(stored[column]["bytes"])
+        stored[column] = {"bytes": None, "path": str(tmp_path / column)}
+    in_files = Dataset.from_list([stored], features=data.features)
+    assert evaluation(in_files).read(0).digest == first
+    renamed = Dataset.from_list([data[0] | {"image_id": "other"}], features=data.features)
+    assert evaluation(renamed).read(0).digest != first

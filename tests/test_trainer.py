@@ -159,7 +159,7 @@ def test_workers_change_nothing(train, step_log) -> None:
 def test_metrics_file(trained, tiny_data) -> None:
     metrics = json.loads((trained / "metrics.json").read_text())
     assert list(metrics["results"]) == ["CAM", "Auxiliary CAM", "Seg"]
-    assert metrics["class_names"] == CLASSES and "one scale" in metrics["protocol"]
+    assert metrics["class_names"] == CLASSES and metrics["protocol"] == "msee"
     for row in metrics["results"].values():
         assert row["pixels"] == labelled_pixels(tiny_data) > 10_000
         assert 0 <= row["mean_iou"] <= 1 and len(row["per_class_iou"]) == 6

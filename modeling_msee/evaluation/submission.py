@@ -31,9 +31,6 @@ NUM_LABELS = 21
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 ARCHIVE_SUFFIXES = (".tgz", ".tar.gz")
 
-# Rows with `image_id` and an undecoded `image`.
-TestImages = Dataset | list[dict]
-
 
 @dataclass(frozen=True)
 class MaskFile:
@@ -44,7 +41,9 @@ class MaskFile:
     png: bytes
 
 
-def load_test_images(path: str, split: str, wanted: Sequence[str] | None = None) -> tuple[list[str], TestImages]:
+def load_test_images(
+    path: str, split: str, wanted: Sequence[str] | None = None
+) -> tuple[list[str], Dataset | list[dict]]:
     """Ids and images: of a folder of image files, which are named after their ids, or of a split of a data set.
 
     Args:
@@ -54,7 +53,7 @@ def load_test_images(path: str, split: str, wanted: Sequence[str] | None = None)
         ValueError: an id occurs twice or cannot name a file, an image of `wanted` is missing, or there is none at all.
     """
     files = sorted(file for file in Path(path).glob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-    images: TestImages
+    images: Dataset | list[dict]
     if files:
         images = [{"image_id": file.stem, "image": {"bytes": None, "path": str(file)}} for file in files]
         ids = [file.stem for file in files]
@@ -88,7 +87,7 @@ def _check_ids(ids: Sequence[str], source: str) -> None:
 def predict_masks(
     model: MSEEForWeaklySupervisedSegmentation,
     processor: MSEEImageProcessor,
-    images: TestImages,
+    images: Dataset | list[dict],
     protocol: Protocol,
     crf_workers: int = 2,
 ) -> list[MaskFile]:
@@ -96,6 +95,7 @@ def predict_masks(
 
     Args:
         model: on the device it shall run on.
+        images: rows with `image_id` and an undecoded `image`.
         crf_workers: processes for the dense CRF, for each process of the prediction.
 
     Raises:
@@ -187,7 +187,8 @@ def write_archive(path: Path, masks: Sequence[MaskFile], image_ids: Sequence[str
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with (
-            gzip.GzipFile(partial, "wb", mtime=0) as stream,
+            partial.open("wb") as file,
+            gzip.GzipFile("", "wb", fileobj=file, mtime=0) as stream,  # neither a name nor a time in its header
             tarfile.open(fileobj=stream, mode="w") as archive,
         ):
             for image_id in image_ids:
