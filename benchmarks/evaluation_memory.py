@@ -12,6 +12,7 @@ import argparse
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from datasets_scripts import shapes
 from modeling_msee import MSEEConfig, MSEEForWeaklySupervisedSegmentation, MSEEImageProcessor
@@ -43,7 +44,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         shapes.build(Path(folder) / "shapes", train=1, validation=arguments.images, size=arguments.size)
         dataset = load_split(str(Path(folder) / "shapes"), "validation")
-        fields = label_fields(class_names(dataset))
+        fields: dict[str, Any] = label_fields(class_names(dataset))
         model = MSEEForWeaklySupervisedSegmentation(MSEEConfig(backbone_config=TINY_VIT, auxiliary_layer=-2, **fields))
         samples = MeasuredSamples(dataset, MSEEImageProcessor(patch_size=model.config.patch_size), arguments.every)
         print("image  private MB  of files MB  workers' private MB")

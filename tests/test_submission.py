@@ -11,14 +11,14 @@ from datasets import Dataset, DatasetDict
 from PIL import Image
 
 from datasets_scripts.voc import CLASS_NAMES
-from datasets_scripts.writer import dataset_features
 from modeling_msee import MSEEConfig, MSEEForWeaklySupervisedSegmentation, MSEEImageProcessor
 from modeling_msee.cli import main
 from modeling_msee.configuration_msee import label_fields
+from modeling_msee.data.writer import dataset_features
 from modeling_msee.evaluation.protocols import TOCO_VOC
 from modeling_msee.evaluation.segmentation import protocol_views, segmentation_scores
-from modeling_msee.evaluation.submission import MaskFile, check_masks, load_test_images, write_archive
 from modeling_msee.inference.masks import save_palette_png, voc_palette
+from modeling_msee.inference.submission import MaskFile, check_masks, load_test_images, write_archive
 
 
 FOLDER = "results/VOC2012/Segmentation/comp6_test_cls"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from ..evaluation.submission import check_archive_name, load_test_images, predict_masks, write_archive
+from ..inference.submission import check_archive_name, load_test_images, predict_masks, write_archive
 from .common import MODEL_HELP, add_protocol, chosen_protocol, load_model
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ..evaluation.confusion import scores
+from ..evaluation.protocols import MSEE
 from ..evaluation.samples import EvaluationSamples
-from ..evaluation.scoring import MAP_NAMES, score_image
+from ..evaluation.scoring import score_image
 from ..modeling_msee import MSEEForWeaklySupervisedSegmentation
 
 
@@ -36,8 +37,8 @@ def rank_images(model: MSEEForWeaklySupervisedSegmentation, samples: EvaluationS
     for index in tqdm(range(len(samples)), desc="Scoring", unit="image"):
         sample = samples[index]
         pixel_values, labels = (sample[name][None].to(model.device) for name in ("pixel_values", "labels"))
-        matrices = score_image(model, pixel_values, labels, sample["segmentation_map"]).matrices
-        mean_iou = {name: scores(matrix)["mean_iou"] for name, matrix in zip(MAP_NAMES, matrices, strict=True)}
+        matrices = score_image(model, {1.0: pixel_values}, labels, sample["segmentation_map"], MSEE).matrices
+        mean_iou = {name: scores(matrix)["mean_iou"] for name, matrix in zip(MSEE.row_names, matrices, strict=True)}
         if not math.isnan(mean_iou["Seg"]):
             image_id = samples.dataset[index]["image_id"]
             ranked.append(RankedImage(index, image_id, mean_iou["Seg"], mean_iou["CAM"]))

@@ -19,11 +19,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.contract import load_split, read_rgb
+from ..evaluation.protocols import Protocol
+from ..evaluation.segmentation import (
+    CRFRequest,
+    crf_candidates,
+    protocol_views,
+    refined_labels,
+    segmentation_scores,
+)
 from ..image_processing_msee import MSEEImageProcessor
-from ..inference.masks import save_palette_png
 from ..modeling_msee import MSEEForWeaklySupervisedSegmentation
-from .protocols import Protocol
-from .segmentation import CRFRequest, crf_candidates, protocol_views, refined_labels, segmentation_scores
+from .masks import save_palette_png
 
 
 FOLDER = "results/VOC2012/Segmentation/comp6_test_cls"
