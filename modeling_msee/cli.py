@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from .commands import (
+    ablate,
     check_data,
     compare,
     convert,
@@ -37,15 +38,22 @@ COMMANDS = {
     "export": export,
     "push": push,
     "push-data": push_data,
+    "ablate": ablate,
 }
+# These also take any field of a recipe, `--field value`, which they check themselves.
+WITH_RECIPE_FIELDS = ("ablate",)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command; what it parses has `run`, the function to call with it."""
     parser = argparse.ArgumentParser(prog="msee", description=__doc__)
-    subparsers = parser.add_subparsers(required=True, metavar="command")
+    subparsers = parser.add_subparsers(required=True, metavar="command", dest="command")
     for name, command in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=command.HELP, description=command.__doc__)
+        # A field of a recipe may begin like an option: `--seed` is not `--seeds`.
+        abbreviated = name not in WITH_RECIPE_FIELDS
+        subparser = subparsers.add_parser(
+            name, help=command.HELP, description=command.__doc__, allow_abbrev=abbreviated
+        )
         command.add_arguments(subparser)
         subparser.set_defaults(run=command.run)
     return parser
@@ -55,7 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 1 and a message on standard error for bad input."""
     words = sys.argv[1:] if argv is None else list(argv)
     known = argparse.Namespace(command_line=command_line("msee", words))
-    arguments = build_parser().parse_args(words, known)
+    parser = build_parser()
+    arguments, arguments.fields = parser.parse_known_args(words, known)
+    if arguments.fields and arguments.command not in WITH_RECIPE_FIELDS:
+        parser.error(f"unrecognized arguments: {' '.join(arguments.fields)}")
     try:
         return arguments.run(arguments)
     except (ValueError, OSError, ImportError) as error:

@@ -42,6 +42,9 @@ class MSEEConfig(PreTrainedConfig):
             Scales of the teacher images in order of precedence (§3.1, Eq. 4); empty switches M-SEE off.
         threshold_mode (`"per_class"`, `"per_image"` or `"per_image_max"`):
             Reading of Eq. 2.
+        select_regions (`bool`, defaults to `True`):
+            Whether Eq. 7 is restricted to the reliable regions of Eq. 3 and 4; `False` distils at every position
+            (Table 4, "w/o B").
         beta (`float` > 0, defaults to 2.0):
             β of Eq. 5 and 6.
         distance (`"vector"` or `"elementwise"`):
@@ -101,6 +104,7 @@ class MSEEConfig(PreTrainedConfig):
 
     scale_factors: list[float | int] | tuple[float | int, ...] = (1.5, 0.5)
     threshold_mode: Literal["per_class", "per_image", "per_image_max"] = "per_class"
+    select_regions: bool = True
     beta: float | int = 2.0
     distance: Literal["vector", "elementwise"] = "vector"
     msee_loss_reduction: Literal["mean", "sum"] = "mean"

@@ -330,7 +330,10 @@ class MSEEForWeaklySupervisedSegmentation(MSEEEncoder):
                 )
                 for teacher in teachers
             ]
-            regions = reliable_regions(maps, segmentation, labels, config.threshold_mode)
+            if config.select_regions:
+                regions = reliable_regions(maps, segmentation, labels, config.threshold_mode)
+            else:
+                regions = [torch.ones_like(segmentation, dtype=torch.bool)] * len(teachers)
             inside = box_mask(scale_box(box, config.patch_size), *grid)
             output.regions = [region & inside for region in regions]
             if not config.teacher_gradient:

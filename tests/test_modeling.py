@@ -421,6 +421,13 @@ class TestMSEETerm:
         other = run(tiny_model(**self.FIELDS, threshold_mode=mode), **batch())
         assert any(not torch.equal(a, b) for a, b in zip(per_class.regions, other.regions, strict=True))
 
+    def test_without_regions_every_position_is_distilled(self, tiny_model):
+        box = torch.tensor([[0, 32, 0, 40], [16, 32, 0, 40]])
+        output = run(tiny_model(**self.FIELDS, select_regions=False), **batch(), box=box)
+        for region in output.regions:  # of both scales, although they overlap
+            assert region[0].all() and region[1, 2:].all() and not region[1, :2].any()
+        assert output.losses["msee"] > run(tiny_model(**self.FIELDS), **batch(), box=box).losses["msee"]
+
     def test_distance_and_reduction_reach_the_loss(self, tiny_model):
         mean = run(tiny_model(), **batch()).losses["msee"].item()
         total = run(tiny_model(msee_loss_reduction="sum"), **batch()).losses["msee"].item()

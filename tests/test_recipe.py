@@ -22,7 +22,7 @@ from modeling_msee.training.checkpoints import mark_complete
 pytest_plugins = ["training_fixtures"]
 
 CONFIGURATION = Path(__file__).resolve().parents[1] / "configuration"
-RECIPES = sorted([*CONFIGURATION.glob("*.yaml"), *(CONFIGURATION / "ablations").glob("*.yaml")])
+RECIPES = sorted(CONFIGURATION.glob("*.yaml"))
 
 
 def parse(recipe: Path, *overrides: object) -> Recipe:

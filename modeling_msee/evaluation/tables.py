@@ -21,7 +21,8 @@ def _check_rows(rows: Mapping[str, Scores], class_names: Sequence[str]) -> None:
             )
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
+    """A share in [0, 1] in percent; "-" for nan."""
     return "-" if math.isnan(value) else f"{100 * value:.1f}"
 
 
@@ -36,12 +37,12 @@ def format_table(rows: Mapping[str, Scores], class_names: Sequence[str], protoco
     columns = list(rows.values())
     lines = [
         ("", list(rows)),
-        ("mIoU", [_percent(row["mean_iou"]) for row in columns]),
-        ("mIoU, all classes", [_percent(row["mean_iou_all"]) for row in columns]),
-        ("pixel accuracy", [_percent(row["pixel_accuracy"]) for row in columns]),
+        ("mIoU", [percent(row["mean_iou"]) for row in columns]),
+        ("mIoU, all classes", [percent(row["mean_iou_all"]) for row in columns]),
+        ("pixel accuracy", [percent(row["pixel_accuracy"]) for row in columns]),
     ]
     lines += [
-        (name, [_percent(row["per_class_iou"][index]) for row in columns]) for index, name in enumerate(class_names)
+        (name, [percent(row["per_class_iou"][index]) for row in columns]) for index, name in enumerate(class_names)
     ]
     first = max(len(label) for label, _ in lines)
     widths = [max(len(cells[column]) for _, cells in lines) for column in range(len(columns))]
@@ -53,14 +54,14 @@ def format_table(rows: Mapping[str, Scores], class_names: Sequence[str], protoco
     return "\n".join([f"Protocol: {protocol}", texts[0], rule, *texts[1:4], rule, *texts[4:]])
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """The same nest of dicts and lists with None for nan, which JSON does not have."""
     if isinstance(value, float) and math.isnan(value):
         return None
     if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return value
 
 
@@ -74,7 +75,12 @@ def write_metrics(
     """
     _check_rows(rows, class_names)
     content = {**header, "class_names": list(class_names), "results": dict(rows)}
-    text = json.dumps(_without_nan(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(without_nan(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_whole(path, text)
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write a text file that appears whole or not at all: beside `path`, then renamed. Missing folders are created."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -183,27 +184,8 @@ def parse_recipe(arguments: list[str]) -> Recipe:
     """
     path, *overrides = arguments
     values = {**read_recipe(path), **parse_overrides(overrides)}
-    groups = {
-        name: {item.name for item in fields(cls) if item.init}
-        for name, cls in (
-            ("data", DataArguments),
-            ("model", ModelArguments),
-            ("training", MSEETrainingArguments),
-        )
-    }
-    groups["config"] = set(method_fields())
-    known = sorted(set().union(*groups.values()))
-    for name in values:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else "; `train_msee.py --help` lists all fields."
-            raise ValueError(f"{path}: there is no recipe field {name!r}{hint}")
-    parts = {group: {k: v for k, v in values.items() if k in names} for group, names in groups.items()}
-    required = [item.name for item in fields(DataArguments) if item.default is MISSING]
-    for name in required:
-        if name not in values:
-            raise ValueError(f"{path}: the field {name!r} is missing; set it there or with --{name}.")
-    _check_origin(values, path)
+    check_fields(values, path)
+    parts = {group: {k: v for k, v in values.items() if k in names} for group, names in field_groups().items()}
     return Recipe(
         data=DataArguments(**parts["data"]),
         model=ModelArguments(**parts["model"]),
@@ -212,6 +194,33 @@ def parse_recipe(arguments: list[str]) -> Recipe:
         config_fields={name: value for name, value in parts["config"].items() if value is not None},
         values=values,
     )
+
+
+def field_groups() -> dict[str, set[str]]:
+    """Names of all recipe fields by what they set: data, model, training, config."""
+    owners = {"data": DataArguments, "model": ModelArguments, "training": MSEETrainingArguments}
+    groups = {group: {item.name for item in fields(cls) if item.init} for group, cls in owners.items()}
+    return groups | {"config": set(method_fields())}
+
+
+def check_fields(values: dict[str, Any], path: str) -> None:
+    """Raise ValueError unless the fields of a whole recipe exist, none is missing and none contradicts another."""
+    check_known_fields(values, path)
+    required = [item.name for item in fields(DataArguments) if item.default is MISSING]
+    for name in required:
+        if name not in values:
+            raise ValueError(f"{path}: the field {name!r} is missing; set it there or with --{name}.")
+    _check_origin(values, path)
+
+
+def check_known_fields(names: Iterable[str], path: str) -> None:
+    """Raise ValueError, which names the file and the closest field, if one of the names is no recipe field."""
+    known = sorted(set().union(*field_groups().values()))
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else "; `train_msee.py --help` lists all fields."
+            raise ValueError(f"{path}: there is no recipe field {name!r}{hint}")
 
 
 def _check_origin(values: dict[str, Any], path: str) -> None:
