@@ -2,11 +2,12 @@
 
 import json
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 
 # What training logs of the M-SEE term, as `loss_<name>`, the last two with a scale: whether it acts, and on what.
@@ -64,7 +65,8 @@ def spread(values: Sequence[float]) -> Spread:
     """Mean and standard deviation of any number of values."""
     if not values:
         return Spread(math.nan, math.nan, 0)
-    return Spread(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan, len(values))
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+    return Spread(float(np.mean(values)), deviation, len(values))
 
 
 def read_run(seed: int, folder: Path, failure: str) -> RunResult:

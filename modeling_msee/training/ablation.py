@@ -1,11 +1,13 @@
 """Runs of an ablation table: which recipe each has, what is finished, training those that are not."""
 
+import codecs
 import os
 import shlex
 import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -162,12 +164,13 @@ def _train(run: AblationRun, launcher: list[str]) -> int:
             raise
 
 
-def _copy_output(process: subprocess.Popen, log: Any) -> None:
+def _copy_output(process: subprocess.Popen, log: FileIO) -> None:
     """Copy what a process prints, as it comes, to the log and the terminal."""
     assert process.stdout is not None  # a pipe
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     while text := process.stdout.read(4096):
         log.write(text)
-        sys.stdout.write(text.decode(errors="replace"))
+        sys.stdout.write(decoder.decode(text))
         sys.stdout.flush()
 
 
