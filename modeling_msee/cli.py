@@ -62,11 +62,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 1 and a message on standard error for bad input."""
     words = sys.argv[1:] if argv is None else list(argv)
-    known = argparse.Namespace(command_line=command_line("msee", words))
     parser = build_parser()
-    arguments, arguments.fields = parser.parse_known_args(words, known)
-    if arguments.fields and arguments.command not in WITH_RECIPE_FIELDS:
-        parser.error(f"unrecognized arguments: {' '.join(arguments.fields)}")
+    known = argparse.Namespace(command_line=command_line("msee", words))
+    arguments, fields = parser.parse_known_args(words, known)
+    if fields and arguments.command not in WITH_RECIPE_FIELDS:
+        parser.error(f"unrecognized arguments: {' '.join(fields)}")
+    arguments.fields = fields
     try:
         return arguments.run(arguments)
     except (ValueError, OSError, ImportError) as error:

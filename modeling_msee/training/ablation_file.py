@@ -10,7 +10,7 @@ from .arguments import check_known_fields, read_recipe
 
 
 # Keys of the file and of one of its rows, each with its type in YAML.
-FILE_KEYS = {
+FILE_KEYS: dict[str, type] = {
     "title": str,
     "recipe": str,
     "seeds": list,
@@ -19,9 +19,9 @@ FILE_KEYS = {
     "overrides": dict,
     "paper_protocol": str,
 }
-ROW_KEYS = {"name": str, "overrides": dict, "paper": dict}
+ROW_KEYS: dict[str, type] = {"name": str, "overrides": dict, "paper": dict}
 OPTIONAL_KEYS = ("overrides", "paper", "paper_protocol")
-TYPE_NAMES = {str: "text", list: "a list", dict: "a mapping"}
+TYPE_NAMES: dict[type, str] = {str: "text", list: "a list", dict: "a mapping"}
 # The command sets these for every run.
 OWN_FIELDS = {"output_dir": "--output", "seed": "--seeds"}
 
