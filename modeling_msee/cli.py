@@ -50,10 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(required=True, metavar="command", dest="command")
     for name, command in COMMANDS.items():
         # A field of a recipe may begin like an option: `--seed` is not `--seeds`.
-        abbreviated = name not in WITH_RECIPE_FIELDS
-        subparser = subparsers.add_parser(
-            name, help=command.HELP, description=command.__doc__, allow_abbrev=abbreviated
-        )
+        subparser = subparsers.add_parser(name, help=command.HELP, description=command.__doc__, allow_abbrev=False)
         command.add_arguments(subparser)
         subparser.set_defaults(run=command.run)
     return parser
