@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..evaluation.scoring import MAP_NAMES
+from ..evaluation.protocols import MSEE
 from .arguments import check_known_fields, read_recipe
 
 
@@ -75,8 +75,8 @@ def read_ablation(path: str) -> Ablation:
     values = read_recipe(path)
     _check_keys(values, FILE_KEYS, path)
     columns, seeds = values["columns"], values["seeds"]
-    scored = bool(columns) and all(column in MAP_NAMES for column in columns)
-    _expect(scored, f"{path}: columns", f"some of {', '.join(MAP_NAMES)}", columns)
+    scored = bool(columns) and all(column in MSEE.row_names for column in columns)
+    _expect(scored, f"{path}: columns", f"some of {', '.join(MSEE.row_names)}", columns)
     check_seeds(seeds, f"{path}: seeds")
     rows = [_row(row, columns, f"{path}: row {number}") for number, row in enumerate(values["rows"])]
     _expect(bool(rows), f"{path}: rows", "at least one row", rows)
