@@ -50,7 +50,7 @@ class MSEEConfig(PreTrainedConfig):
         distance (`"vector"` or `"elementwise"`):
             L2 norm over channels as printed in Eq. 5, or smooth L1 per element, averaged over channels.
         msee_loss_reduction (`"mean"` or `"sum"`):
-            Eq. 7 over all positions of the batch; `"sum"` as printed.
+            Eq. 7 over the positions of an image; `"sum"` as printed. Over the images of a step it is always the mean.
         msee_loss_weight (`float`, defaults to 0.01):
             Weight of Eq. 7; the paper gives none.
         msee_start_step (`int`, defaults to 2000):

@@ -3,7 +3,7 @@
 Every loss is finite for finite input; an empty set of pixels, pairs or regions contributes zero.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,19 @@ from torch import Tensor
 
 from .activation_msee import IGNORE_INDEX, box_mask
 from .refinement_msee import bilateral_filter
+
+
+def mean_over_images(loss: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """A loss of every image by itself, averaged: the same however a batch is spread over processes and steps.
+
+    Args:
+        loss: function of batches (B, ...) that gives a scalar, such as those below that normalise over the batch.
+        inputs: (B, ...) each.
+
+    Returns:
+        scalar, the mean of the losses of B batches of one image.
+    """
+    return torch.vmap(loss)(*(batch[:, None] for batch in inputs)).mean()
 
 
 def feature_distillation_loss(student: Tensor, teacher: Tensor, beta: float = 2.0, distance: str = "vector") -> Tensor:

@@ -28,6 +28,7 @@ from .inputs_msee import checked_box, checked_labels, checked_source
 from .losses_msee import (
     class_token_contrast_loss,
     dense_energy_loss,
+    mean_over_images,
     msee_loss,
     patch_token_contrast_loss,
     segmentation_loss,
@@ -249,7 +250,7 @@ class MSEEForWeaklySupervisedSegmentation(MSEEEncoder):
         levels = (config.background_threshold, config.high_threshold, config.low_threshold)
         relations = activation_to_labels(small, present, *levels, box=scale_box(box, config.patch_size))
         with full_precision(features):
-            return patch_token_contrast_loss(features.float(), labels_to_affinity(relations))
+            return mean_over_images(patch_token_contrast_loss, features.float(), labels_to_affinity(relations))
 
     def _class_contrast(self, class_token: Tensor, maps: Tensor, present: Tensor, views: TrainingViews) -> Tensor:
         """Class-token contrast of two global views with each other and the local views."""
@@ -289,7 +290,7 @@ class MSEEForWeaklySupervisedSegmentation(MSEEEncoder):
         scores = F.interpolate(logits.float(), size=targets.shape[-2:], mode="bilinear", align_corners=False)
         losses = {}
         if "segmentation" in views.active:
-            losses["segmentation"] = segmentation_loss(scores, targets)
+            losses["segmentation"] = mean_over_images(segmentation_loss, scores, targets)
         if "energy" in views.active:
             image = 255 * self._denormalized(pixel_values)
             losses["energy"] = dense_energy_loss(image, scores.softmax(dim=1), targets, views.box)
@@ -338,9 +339,11 @@ class MSEEForWeaklySupervisedSegmentation(MSEEEncoder):
             output.regions = [region & inside for region in regions]
             if not config.teacher_gradient:
                 teachers = [teacher.detach() for teacher in teachers]
-            losses["msee"] = msee_loss(
+            msee = msee_loss(
                 student, teachers, output.regions, config.beta, config.distance, config.msee_loss_reduction
             )
+            # "sum" adds up positions; over the images every term is a mean.
+            losses["msee"] = msee / len(student) if config.msee_loss_reduction == "sum" else msee
             output.diagnostics = self._diagnostics(student, teachers, output.regions, segmentation, labels)
 
     @torch.no_grad()
@@ -353,9 +356,9 @@ class MSEEForWeaklySupervisedSegmentation(MSEEEncoder):
         labels: Tensor,
     ) -> dict[str, Tensor]:
         """Without these the M-SEE term is blind: whether anything is selected, and how far features are apart."""
-        seeded = seed_regions(segmentation, labels).amax(dim=(2, 3)).sum()
+        seeded = seed_regions(segmentation, labels).amax(dim=(2, 3)).sum(dim=1)
         diagnostics = {
-            "seed_share": seeded / labels.sum().clamp(min=1),
+            "seed_share": (seeded / labels.sum(dim=1).clamp(min=1)).mean(),
             "feature_norm": student.norm(dim=1).mean(),
         }
         for scale, teacher, region in zip(self.config.scale_factors, teachers, regions, strict=True):

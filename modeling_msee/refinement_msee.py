@@ -165,7 +165,8 @@ def _grid_coordinates(image: Tensor, sigma_rgb: float, sigma_xy: float) -> tuple
     rows = torch.arange(height, device=image.device)[:, None].expand(batch, height, width) / sigma_xy
     columns = torch.arange(width, device=image.device).expand(batch, height, width) / sigma_xy
     position = torch.stack((rows, columns, *(image / sigma_rgb).unbind(1)), dim=-1).flatten(0, 2) / NODE_SPACING
-    position = position - position.amin(dim=0)
+    # Whole nodes, so that the grid of an image lies the same in any batch.
+    position = position - position.amin(dim=0).floor()
     shape = [batch, *(int(extent) + 2 for extent in position.amax(dim=0).tolist())]
     first = position.floor()
     fraction = position - first

@@ -1,21 +1,20 @@
 """A run that was killed, asked to stop, or left with a half-written checkpoint goes on as if nothing had happened."""
 
-import os
 import signal
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from process_fixtures import Run, Start
+from safetensors.torch import load_file
 
 from modeling_msee.training.checkpoints import MARKER, check_complete, last_complete, mark_complete
 
 
-pytest_plugins = ["training_fixtures"]
+pytest_plugins = ["training_fixtures", "process_fixtures"]
 
-ROOT = Path(__file__).resolve().parents[1]
 OVERRIDES = ("--max_steps", 8, "--save_strategy", "steps", "--save_steps", 1, "--eval_split", "none")
 
 
@@ -31,61 +30,39 @@ def random_recipe(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="module")
-def start(random_recipe: Path, tiny_data: Path, dataset_cache: Path):
-    """`start(output)`: the run in a process of its own."""
-
-    def start_process(output: Path) -> subprocess.Popen:
-        environment = {
-            **os.environ,
-            "HF_DATASETS_CACHE": str(dataset_cache),
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-        }
-        words = [random_recipe, "--dataset", tiny_data, "--output_dir", output, *OVERRIDES]
-        command = [sys.executable, str(ROOT / "train_msee.py"), *map(str, words)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(command, env=environment, **pipes)
-
-    return start_process
+def run(start: Start, random_recipe: Path, tiny_data: Path) -> Callable[[Path, int], Run]:
+    """`run(output, processes)`: start or go on with that run."""
+    return lambda output, count: start(output, random_recipe, "--dataset", tiny_data, *OVERRIDES, processes=count)
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(start, tmp_path_factory) -> Path:
+@pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
+def uninterrupted(run, request, tmp_path_factory) -> tuple[Path, int]:
+    """Output of a whole run, and the number of its processes."""
     output = tmp_path_factory.mktemp("uninterrupted") / "run"
-    process = start(output)
-    text, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, text
-    return output
-
-
-def wait_for(path: Path, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    run(output, request.param).wait()
+    return output, request.param
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_stopped_run_goes_on_bit_for_bit(start, uninterrupted, step_log, tmp_path, number) -> None:
+def test_stopped_run_goes_on_bit_for_bit(run, uninterrupted, step_log, tmp_path, number) -> None:
+    """Losses, gradient norms and weights, the averaged head's among them."""
+    whole, count = uninterrupted
     output = tmp_path / "run"
-    process = start(output)
-    wait_for(output / "checkpoint-2" / MARKER, process)
-    process.send_signal(number)
-    text, _ = process.communicate(timeout=120)
+    stopped = run(output, count)
+    stopped.wait_for(output / "checkpoint-2" / MARKER)
+    stopped.send(number)
     if number == signal.SIGTERM:
-        assert process.returncode == 0, text
+        text = stopped.wait()
         assert "Stopped after step" in text and "the same command goes on" in text
     else:
-        assert process.returncode == -signal.SIGKILL
+        stopped.wait(-signal.SIGKILL)
     assert not (output / "model.safetensors").exists()
-    process = start(output)
-    text, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, text
-    assert "Going on from" in text
-    assert step_log(output) == step_log(uninterrupted)
-    assert (output / "model.safetensors").read_bytes() == (uninterrupted / "model.safetensors").read_bytes()
+    assert "Going on from" in run(output, count).wait()
+    assert step_log(output) == step_log(whole)
+    states = [load_file(folder / "model.safetensors") for folder in (output, whole)]
+    assert any(name.startswith("averaged_projection.") for name in states[0])
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
 def checkpoint(folder: Path, step: int, complete: bool) -> Path:

@@ -1,0 +1,93 @@
+"""Runs of train_msee.py in processes of their own that talk over gloo; test modules ask for them with `pytest_plugins`.
+
+All are forked from one process that has imported everything, so that a run costs little more than its steps.
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import datasets
+import pytest
+from training_fixtures import ROOT, train_msee
+
+
+Start = Callable[..., "Run"]
+
+
+def _rank(rank: int, count: int, port: int, cache: Path, log: Path, words: Sequence[str]) -> None:
+    """One process of a run; all write to one log."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    if count > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    datasets.config.HF_DATASETS_CACHE = cache
+    train_msee.main(list(words))
+
+
+class Run:
+    """A run of train_msee.py in one or more processes."""
+
+    def __init__(self, processes: list[BaseProcess], log: Path):
+        self.processes = processes
+        self.log = log
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text(encoding="utf-8")
+
+    def send(self, number: int) -> None:
+        for process in self.processes:
+            os.kill(process.pid, number)
+
+    def wait_for(self, path: Path) -> None:
+        deadline = time.monotonic() + 240
+        while not path.exists():
+            assert all(process.is_alive() for process in self.processes), self.text
+            assert time.monotonic() < deadline, self.text
+            time.sleep(0.01)
+
+    def wait(self, code: int = 0) -> str:
+        """What all processes wrote, once they have ended with this exit code."""
+        deadline = time.monotonic() + 240
+        for process in self.processes:
+            process.join(max(deadline - time.monotonic(), 0))
+            assert process.exitcode == code, self.text
+        return self.text
+
+
+@pytest.fixture(scope="session")
+def start(dataset_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """`start(output, *words, processes=1, target=None)`: train_msee.py with these words, in so many processes."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["process_fixtures"])
+    logs, runs = tmp_path_factory.mktemp("logs"), []
+    with pytest.MonkeyPatch.context() as patch:
+        path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])
+        for name, value in (("PYTHONPATH", path), ("OMP_NUM_THREADS", "1"), ("ACCELERATE_USE_CPU", "true")):
+            patch.setenv(name, value)
+
+        def start_run(output: Path, *words: object, processes: int = 1, target: Callable = _rank) -> Run:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            log, words = logs / f"{len(runs)}.txt", (*words, "--output_dir", output)
+            arguments = (processes, port, dataset_cache, log, [str(word) for word in words])
+            ranks = [context.Process(target=target, args=(rank, *arguments)) for rank in range(processes)]
+            for process in ranks:
+                process.start()
+            runs.append(Run(ranks, log))
+            return runs[-1]
+
+        yield start_run
+        for run in runs:
+            for process in run.processes:
+                process.kill()
