@@ -1,4 +1,4 @@
-"""Runs of train_msee.py in processes of their own that talk over gloo; test modules ask for them with `pytest_plugins`.
+"""Runs of train_msee.py in processes of their own, which talk over gloo; ask for them with `pytest_plugins`.
 
 All are forked from one process that has imported everything, so that a run costs little more than its steps.
 """
@@ -30,6 +30,8 @@ def _rank(rank: int, count: int, port: int, cache: Path, log: Path, words: Seque
         os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     datasets.config.HF_DATASETS_CACHE = cache
+    # The loader's workers start as they do in any other process.
+    multiprocessing.set_start_method(None, force=True)
     train_msee.main(list(words))
 
 
@@ -49,7 +51,7 @@ class Run:
             os.kill(process.pid, number)
 
     def wait_for(self, path: Path) -> None:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         while not path.exists():
             assert all(process.is_alive() for process in self.processes), self.text
             assert time.monotonic() < deadline, self.text
@@ -57,7 +59,7 @@ class Run:
 
     def wait(self, code: int = 0) -> str:
         """What all processes wrote, once they have ended with this exit code."""
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         for process in self.processes:
             process.join(max(deadline - time.monotonic(), 0))
             assert process.exitcode == code, self.text
