@@ -124,7 +124,7 @@ def write_recipe(recipe: Recipe, trainer: MSEETrainer) -> None:
 
 def score(trainer: MSEETrainer, samples: EvaluationSamples, data: DataArguments, command: str) -> None:
     """Score the trained model and print and write the table."""
-    model, output = trainer.accelerator.unwrap_model(trainer.model), trainer.args.output_dir
+    model, output = trainer.whole_model(), trainer.args.output_dir
     result = evaluate(model, samples, MSEE.with_crf if trainer.args.crf else MSEE)
     path, origin = Path(output) / "metrics.json", {"model": output, "data": data.dataset, "split": data.eval_split}
     report(result, model.config.label_names, path, command=command, **origin)

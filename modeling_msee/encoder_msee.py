@@ -38,7 +38,6 @@ class MSEEPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["ViTLayer", "DeiTLayer", "Dinov2Layer", "Dinov2WithRegistersLayer", "DINOv3ViTLayer"]
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -75,6 +74,10 @@ class MSEEEncoder(MSEEPreTrainedModel):
         self.backbone = AutoModel.from_config(config.encoder_config, **pooling)
         self.classifier = nn.Linear(config.hidden_size, config.num_classes, bias=False)
         self.auxiliary_classifier = nn.Linear(config.hidden_size, config.num_classes, bias=False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The encoder's whole embedding: accelerate shards it as one, and cannot shard a part of it once more."""
+        return self.backbone.embeddings
 
     def freeze_constant_parameters(self):
         """Stop gradients where there are none in the method: position embedding, mask token."""

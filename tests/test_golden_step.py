@@ -1,7 +1,7 @@
 """A whole training step against one composed by hand from the reference's inputs and weights.
 
 The hand's side is float64, loops over images, and shares with the package only the dense-energy filter, which is an
-approximation by design; the exact double sum stands beside it. Terms, gradients and the update come out of the Trainer.
+approximation by design; the exact double sum stands beside it. The other side's figures come out of the Trainer.
 """
 
 import math
@@ -51,7 +51,10 @@ def linear(state, name, x):
 def encode(state, image):
     """Class token (B, D), features and un-normalised features of block -3 (B, D, h, w)."""
     batch, (height, width) = len(image), (side // PATCH for side in image.shape[-2:])
-    norm = lambda name, x: F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], 1e-6)  # noqa: E731
+
+    def norm(name, x):
+        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], 1e-6)
+
     patches = F.conv2d(
         image, *(state[f"encoder.patch_embed.proj.{kind}"] for kind in ("weight", "bias")), stride=PATCH
     )

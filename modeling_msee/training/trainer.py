@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, Trainer
@@ -16,6 +18,7 @@ from ..evaluation.protocols import MSEE
 from ..evaluation.scoring import score_image
 from ..hub.card import write_model_card
 from ..hub.push import create_repository, push_checkpoint
+from ..modeling_msee import MSEEForWeaklySupervisedSegmentation
 from .arguments import MSEETrainingArguments
 from .callbacks import AveragedHead, SampleOrder, SaveOnSigterm
 from .checkpoints import mark_complete
@@ -40,6 +43,16 @@ class MSEETrainer(Trainer):
         )
         self.term_sums: dict[str, Tensor] = {}
         self.term_counts: dict[str, int] = defaultdict(int)
+        self.scored_model: MSEEForWeaklySupervisedSegmentation | None = None
+
+    def create_accelerator_and_postprocess(self):
+        """Where the weights are sharded, half precision comes from autocast alone, as everywhere else.
+
+        The library would also cast the weights and all inputs: images and the draws of the local views.
+        """
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
     def create_optimizer(self, model=None):
         """AdamW on two groups, encoder and heads (§5.1)."""
@@ -88,16 +101,34 @@ class MSEETrainer(Trainer):
             self.term_sums, self.term_counts = {}, defaultdict(int)
         super().log(logs, start_time)
 
+    def whole_model(self) -> MSEEForWeaklySupervisedSegmentation:
+        """The model with all its weights, which any process can use alone: a copy where they are sharded."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not self.is_fsdp_enabled:
+            return model
+        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        with torch.random.fork_rng(devices=[]):
+            whole = MSEEForWeaklySupervisedSegmentation(model.config)
+        whole.load_state_dict(weights)
+        return whole.to(self.args.device).eval()
+
+    def evaluate(self, *args, **kwargs):
+        """Scores of the evaluation split; processes may have different numbers of images."""
+        self.scored_model = self.whole_model()
+        metrics = super().evaluate(*args, **kwargs)
+        self.scored_model = None
+        return metrics
+
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Confusion matrices (B, 3, K, K) of a batch; images may differ in size, so they are scored one by one."""
         inputs = self._prepare_inputs(inputs)
-        unwrapped = self.accelerator.unwrap_model(model)
         matrices = []
         with self.compute_loss_context_manager():
             for index, pixel_values in enumerate(inputs["pixel_values"]):
                 target, labels = inputs["segmentation_map"][index], inputs["labels"][index][None]
-                matrices.append(score_image(unwrapped, {1.0: pixel_values[None]}, labels, target, MSEE).matrices)
+                views = {1.0: pixel_values[None]}
+                matrices.append(score_image(self.scored_model, views, labels, target, MSEE).matrices)
         stacked = torch.from_numpy(np.stack(matrices)).to(self.args.device)
         return None, stacked, inputs["labels"]
 
