@@ -14,13 +14,18 @@ from pathlib import Path
 
 import datasets
 import pytest
+from accelerate import DistributedType, PartialState
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from training_fixtures import ROOT, train_msee
 
+
+FSDP_RECIPE = ROOT / "configuration" / "accelerate" / "fsdp.yaml"
 
 Start = Callable[..., "Run"]
 
 
-def _rank(rank: int, count: int, port: int, cache: Path, log: Path, words: Sequence[str]) -> None:
+def _rank(rank: int, count: int, port: int, cache: Path, log: Path, words: Sequence[str], fsdp: bool) -> None:
     """One process of a run; all write to one log."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -32,7 +37,28 @@ def _rank(rank: int, count: int, port: int, cache: Path, log: Path, words: Seque
     datasets.config.HF_DATASETS_CACHE = cache
     # The loader's workers start as they do in any other process.
     multiprocessing.set_start_method(None, force=True)
+    if fsdp:
+        _shard_on_the_cpu(count)
     train_msee.main(list(words))
+
+
+def _shard_on_the_cpu(count: int) -> None:
+    """What `accelerate launch` makes of the recipe, and the one thing that it lacks on the CPU.
+
+    It shards for several processes of any kind but MULTI_CPU, so these pass for MULTI_GPU.
+    """
+    words = ["--config_file", str(FSDP_RECIPE), "--num_processes", str(count), "--mixed_precision", "no", "script"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    launched = prepare_multi_gpu_env(arguments)
+    os.environ |= {name: launched[name] for name in launched if name.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))}
+    prepare = PartialState.__init__
+
+    def pass_for_gpus(self, *args, **kwargs):
+        prepare(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = pass_for_gpus
 
 
 class Run:
@@ -68,7 +94,7 @@ class Run:
 
 @pytest.fixture(scope="session")
 def start(dataset_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """`start(output, *words, processes=1, target=None)`: train_msee.py with these words, in so many processes."""
+    """`start(output, *words, processes=1, fsdp=False)`: train_msee.py with these words, in so many processes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["process_fixtures"])
     logs, runs = tmp_path_factory.mktemp("logs"), []
@@ -77,13 +103,13 @@ def start(dataset_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         for name, value in (("PYTHONPATH", path), ("OMP_NUM_THREADS", "1"), ("ACCELERATE_USE_CPU", "true")):
             patch.setenv(name, value)
 
-        def start_run(output: Path, *words: object, processes: int = 1, target: Callable = _rank) -> Run:
+        def start_run(output: Path, *words: object, processes: int = 1, fsdp: bool = False) -> Run:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
             log, words = logs / f"{len(runs)}.txt", (*words, "--output_dir", output)
-            arguments = (processes, port, dataset_cache, log, [str(word) for word in words])
-            ranks = [context.Process(target=target, args=(rank, *arguments)) for rank in range(processes)]
+            arguments = (processes, port, dataset_cache, log, [str(word) for word in words], fsdp)
+            ranks = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(processes)]
             for process in ranks:
                 process.start()
             runs.append(Run(ranks, log))

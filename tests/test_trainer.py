@@ -339,13 +339,17 @@ def test_gradient_accumulation_with_all_terms(train, step_log) -> None:
     assert all(math.isfinite(value) for entry in step_log(output) for value in entry.values())
 
 
-def test_bfloat16(train, step_log) -> None:
-    output = train("run", "--bf16", "--use_cpu", "--max_steps", 3)
+def test_bfloat16(script, tiny_recipe, train, step_log) -> None:
+    output = train("run", "--bf16", "--max_steps", 3)
     entries = step_log(output)
     assert entries[-1]["loss_msee"] >= 0 and entries[-1]["loss_segmentation"] > 0
     assert all(math.isfinite(value) for entry in entries for value in entry.values())
     assert all(value.isfinite().all() for value in weights(output).values())
     assert {value.dtype for value in weights(output).values()} == {torch.float32}
+    model = initial(script, tiny_recipe)
+    changed = moved(model.state_dict(), weights(output))
+    learnt = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name for name in learnt if not changed[name]} == set()
 
 
 def test_images_of_different_sizes(write_data, train, log, step_log) -> None:

@@ -94,6 +94,8 @@ class MSEETrainingArguments(TrainingArguments):
     save_total_limit: int | None = 2
     dataloader_num_workers: int = 4
     dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
+    # Without it the library refuses bf16 where there is only a CPU.
+    use_cpu: bool = field(default_factory=lambda: not torch.accelerator.is_available())
     remove_unused_columns: bool = False
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
     batch_eval_metrics: bool = True

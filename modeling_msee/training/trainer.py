@@ -132,6 +132,15 @@ class MSEETrainer(Trainer):
         stacked = torch.from_numpy(np.stack(matrices)).to(self.args.device)
         return None, stacked, inputs["labels"]
 
+    def _save(self, output_dir=None, state_dict=None):
+        """Sharding gives the model a class of its own, under which nobody could load it: save as the class it had."""
+        model = self.model
+        if self.is_fsdp_enabled:
+            with torch.device("meta"):
+                self.model = MSEEForWeaklySupervisedSegmentation(model.config)
+        super()._save(output_dir, state_dict)
+        self.model = model
+
     def _save_checkpoint(self, model, trial):
         """A checkpoint that says of itself that it is whole."""
         super()._save_checkpoint(model, trial)
