@@ -24,6 +24,7 @@ from modeling_msee.activation_msee import (
 from modeling_msee.losses_msee import (
     class_token_contrast_loss,
     dense_energy_loss,
+    mean_over_images,
     msee_loss,
     patch_token_contrast_loss,
     segmentation_loss,
@@ -70,6 +71,14 @@ def assert_finite(loss, *inputs):
     if loss.requires_grad:
         loss.backward()
         assert all(value.grad is None or value.grad.isfinite().all() for value in inputs)
+
+
+def one_by_one(function, *inputs):
+    """`mean_over_images`, which a loop over the images agrees with."""
+    loss = mean_over_images(function, *inputs)
+    images = zip(*(batch.split(1) for batch in inputs), strict=True)
+    torch.testing.assert_close(loss, torch.stack([function(*image) for image in images]).mean())
+    return loss
 
 
 @FEW
@@ -154,13 +163,17 @@ def test_msee_loss(seed, batch, height, width, size, distance, beta):
 def test_patch_contrast_and_segmentation(seed, batch, classes, height, width, size):
     labels = draw_map(seed, batch, classes, height, width)
     features = draw(seed, batch, 4, height, width, size=size).requires_grad_()
-    loss = patch_token_contrast_loss(features, labels_to_affinity(labels))
-    assert -1e-5 <= loss <= 1 + 1e-5
-    assert_finite(loss, features)
+    affinity = labels_to_affinity(labels)
+    for loss in (
+        patch_token_contrast_loss(features, affinity),
+        one_by_one(patch_token_contrast_loss, features, affinity),
+    ):
+        assert -1e-5 <= loss <= 1 + 1e-5
+        assert_finite(loss, features)
     logits = draw(seed, batch, classes + 1, height, width, size=size).requires_grad_()
-    loss = segmentation_loss(logits, labels)
-    assert loss >= 0
-    assert_finite(loss, logits)
+    for loss in (segmentation_loss(logits, labels), one_by_one(segmentation_loss, logits, labels)):
+        assert loss >= 0
+        assert_finite(loss, logits)
 
 
 @FEW
@@ -212,8 +225,12 @@ def test_refinement(seed, batch, classes, height, width, boxes, constant):
     step=st.sampled_from([None, 0, 1]),
     gradient=st.booleans(),
     classify=st.booleans(),
+    empty=st.sampled_from(["nothing", "maps", "foreground", "background"]),
+    half=st.booleans(),
 )
-def test_training_step(tiny_model, seed, batch, classes, height, width, scales, mode, boxes, step, gradient, classify):
+def test_training_step(
+    tiny_model, seed, batch, classes, height, width, scales, mode, boxes, step, gradient, classify, empty, half
+):
     model = tiny_model(
         seed=seed,
         num_labels=classes + 1,
@@ -224,10 +241,20 @@ def test_training_step(tiny_model, seed, batch, classes, height, width, scales, 
         segmentation_start_step=1,
         msee_start_step=0,
     )
+    with torch.no_grad():
+        if empty == "maps":  # no class has a positive activation anywhere
+            model.classifier.weight.zero_()
+            model.auxiliary_classifier.weight.zero_()
+        elif empty == "foreground":  # the segmentation is background everywhere
+            model.decoder.classifier.weight.zero_()
+        elif empty == "background":  # and here it is the first class, labelled or not
+            model.decoder.classifier.weight.zero_()
+            model.decoder.classifier.weight[1] = 1
     image = draw(seed, batch, 3, height, width)
     image = image[:, :, :1, :1].expand_as(image) if seed % 5 == 0 else image
     labels, box = draw_labels(seed, batch, classes), torch.tensor(boxes[:batch])
-    output = model(image, labels=labels, box=box, step=step)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        output = model(image, labels=labels, box=box, step=step)
     assert all(math.isfinite(value.item()) for value in output.losses.values())
     assert output.logits.shape == (batch, classes + 1, height // 8, width // 8)
     output.loss.backward()
