@@ -30,6 +30,7 @@ class MSEETrainer(Trainer):
     """Trains [`MSEEForWeaklySupervisedSegmentation`] on `TrainingSamples` and scores it on `EvaluationSamples`."""
 
     args: MSEETrainingArguments
+    scored_model: MSEEForWeaklySupervisedSegmentation  # during an evaluation
 
     hub_model_id: str | None  # type: ignore[assignment]  # declared as None in the library
 
@@ -43,7 +44,6 @@ class MSEETrainer(Trainer):
         )
         self.term_sums: dict[str, Tensor] = {}
         self.term_counts: dict[str, int] = defaultdict(int)
-        self.scored_model: MSEEForWeaklySupervisedSegmentation | None = None
 
     def create_accelerator_and_postprocess(self):
         """Where the weights are sharded, half precision comes from autocast alone, as everywhere else.
@@ -112,12 +112,12 @@ class MSEETrainer(Trainer):
         whole.load_state_dict(weights)
         return whole.to(self.args.device).eval()
 
-    def evaluate(self, *args, **kwargs):
-        """Scores of the evaluation split; processes may have different numbers of images."""
+    def evaluation_loop(self, *args, **kwargs):
+        """Scores of a split; processes may have different numbers of images."""
         self.scored_model = self.whole_model()
-        metrics = super().evaluate(*args, **kwargs)
-        self.scored_model = None
-        return metrics
+        output = super().evaluation_loop(*args, **kwargs)
+        del self.scored_model
+        return output
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
