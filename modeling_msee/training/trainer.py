@@ -110,7 +110,7 @@ class MSEETrainer(Trainer):
         with torch.random.fork_rng(devices=[]):
             whole = MSEEForWeaklySupervisedSegmentation(model.config)
         whole.load_state_dict(weights)
-        return whole.to(self.args.device).eval()
+        return whole.to(self.args.device).eval()  # type: ignore[arg-type]  # the library wraps `to` without its types
 
     def evaluation_loop(self, *args, **kwargs):
         """Scores of a split; processes may have different numbers of images."""
