@@ -111,11 +111,12 @@ def check_script(words: list[str]) -> None:
         raise Unaccepted(f"there is no script {words[0]}")
 
 
-def check_accelerate(words: list[str]) -> None:
+def check_accelerate(words: list[str], marked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = launch_command_parser().parse_args(words)
     if arguments.config_file is not None and not (ROOT / arguments.config_file).is_file():
         raise Unaccepted(f"there is no file {arguments.config_file}")
-    check_script([arguments.training_script, *arguments.training_script_args])
+    script = [arguments.training_script, *arguments.training_script_args]
+    check_command(["python", *(["-m"] if arguments.module else []), *script], marked, monkeypatch)
 
 
 def check_make(words: list[str]) -> None:
@@ -149,7 +150,7 @@ def check_command(words: list[str], marked: bool, monkeypatch: pytest.MonkeyPatc
     elif name in ("python", "python3") and rest:
         check_script(rest)
     elif name == "accelerate" and rest[:1] == ["launch"]:
-        check_accelerate(rest[1:])
+        check_accelerate(rest[1:], marked, monkeypatch)
     elif name == "make":
         check_make(rest)
     elif name == "pip":
