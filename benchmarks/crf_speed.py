@@ -1,6 +1,6 @@
 """CPU-seconds that the dense CRF takes for one image of PASCAL VOC's size, by the number of classes present.
 
-python benchmarks/crf_speed.py
+python -m benchmarks.crf_speed
 """
 
 import time

@@ -1,7 +1,7 @@
 """Memory of a long evaluation: resident memory of the process and of its CRF workers, image by image.
 
-    python benchmarks/evaluation_memory.py
-    python benchmarks/evaluation_memory.py --images 200 --size 375 --protocol toco-voc-crf
+    python -m benchmarks.evaluation_memory
+    python -m benchmarks.evaluation_memory --images 200 --size 375 --protocol toco-voc-crf
 
 Generated scenes and a tiny model with random weights: what is measured is the evaluation, not the network. The share
 that is backed by files (the data set, mapped into memory, and libraries) can be dropped by the system at any time

@@ -3,6 +3,10 @@
 import argparse
 from pathlib import Path
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
 from ..data.contract import check_class_names, load_split
 from ..evaluation.protocols import PROTOCOLS, Protocol, find_protocol
 from ..evaluation.samples import EvaluationSamples
@@ -45,6 +49,12 @@ def add_protocol(parser: argparse.ArgumentParser, default: str) -> None:
 def chosen_protocol(arguments: argparse.Namespace) -> Protocol:
     """The protocol asked for; ValueError if there is no such one."""
     return find_protocol(arguments.protocol, arguments.crf)
+
+
+def process_state() -> PartialState:
+    """This process among those that `accelerate launch` or `torchrun` started, and its device."""
+    # Left to itself, the library forms no group of processes on the CPU: each would do the whole work.
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
 def load_pictures(arguments: argparse.Namespace, model: MSEEForWeaklySupervisedSegmentation) -> list[Picture]:

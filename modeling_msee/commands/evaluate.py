@@ -3,11 +3,9 @@
 import argparse
 from pathlib import Path
 
-from accelerate import PartialState
-
 from ..evaluation.evaluate import evaluate
 from ..evaluation.report import report
-from .common import add_model_and_data, add_protocol, chosen_protocol, load_scored_data
+from .common import add_model_and_data, add_protocol, chosen_protocol, load_scored_data, process_state
 
 
 HELP = "print and write mIoU of CAM, Seg and Seg + CRF under a named protocol"
@@ -22,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     protocol = chosen_protocol(arguments)
     model, samples = load_scored_data(arguments)
-    result = evaluate(model.to(PartialState().device), samples, protocol, arguments.crf_workers)
+    result = evaluate(model.to(process_state().device), samples, protocol, arguments.crf_workers)
     report(
         result,
         model.config.label_names,

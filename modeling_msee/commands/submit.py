@@ -3,10 +3,8 @@
 import argparse
 from pathlib import Path
 
-from accelerate import PartialState
-
 from ..inference.submission import check_archive_name, load_test_images, predict_masks, write_archive
-from .common import MODEL_HELP, add_protocol, chosen_protocol, load_model
+from .common import MODEL_HELP, add_protocol, chosen_protocol, load_model, process_state
 
 
 HELP = "write the archive of masks that the PASCAL VOC 2012 test server takes"
@@ -24,13 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    protocol = chosen_protocol(arguments)
+    protocol, state = chosen_protocol(arguments), process_state()
     check_archive_name(arguments.output)
     wanted = None if arguments.list is None else arguments.list.read_text(encoding="utf-8").split()
     image_ids, images = load_test_images(arguments.images, arguments.split, wanted)
     model, processor = load_model(arguments.model)
-    masks = predict_masks(model.to(PartialState().device), processor, images, protocol, arguments.crf_workers)
-    if PartialState().is_main_process:
+    masks = predict_masks(model.to(state.device), processor, images, protocol, arguments.crf_workers)
+    if state.is_main_process:
         write_archive(arguments.output, masks, image_ids)
         print(f"Protocol: {protocol.title}\nWritten to {arguments.output}: {len(masks)} masks")
     return 0
