@@ -415,8 +415,8 @@ def test_update_of_every_parameter(by_hand, trained) -> None:
         before = step.before[name].double()
         expected = before * (1 - rate * DECAY) - rate * gradient / (gradient.abs() + EPSILON)
         difference = (step.after[name] - expected).abs() / rate
-        # Where the gradient is rounding, so is its sign; a parameter without any only decays.
-        clear = (gradient.abs() > 1e-6) | ~gradient.any()
+        # Where the gradient is rounding, so is its sign: all of a key's bias, which the softmax cancels.
+        clear = (gradient.abs() > 1e-6) | ((gradient == 0) & (not name.endswith("k_proj.bias")))
         furthest = max([furthest, *difference[clear].tolist()])
         compared, elements = compared + int(clear.sum()), elements + clear.numel()
         assert (difference < 2.01).all()
