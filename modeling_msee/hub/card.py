@@ -1,7 +1,6 @@
 """The model card of a checkpoint folder: what it is, how good by which protocol, how it was made, how to use it."""
 
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
@@ -12,6 +11,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..configuration_msee import MSEEConfig
+from ..evaluation.tables import write_whole
 from ..training.arguments import DataArguments, MSEETrainingArguments, read_recipe
 from .results import Metrics, eval_results, read_metrics
 
@@ -62,13 +62,7 @@ def write_model_card(folder: str | Path, repo_id: str | None = None) -> Path:
     path = Path(folder) / CARD
     if path.is_file() and MARKER not in path.read_text(encoding="utf-8"):
         return path
-    content = str(model_card(folder, repo_id))
-    partial = path.with_name(f".{CARD}.{os.getpid()}.partial")
-    try:
-        partial.write_text(content, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, str(model_card(folder, repo_id)))
     return path
 
 
