@@ -60,7 +60,7 @@ def launch_two(words: Sequence[object], dataset_cache: Path) -> str:
         "PYTHONPATH": str(ROOT),
     }
     command = [*launch, *map(str, words)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
