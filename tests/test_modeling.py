@@ -638,7 +638,9 @@ class TestAutoClasses:
         script = tmp_path / "load.py"
         script.write_text(WITHOUT_THE_PACKAGE)
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
-        environment |= {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+        # The number of threads decides the order of sums, and other tests may have changed it here.
+        threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        environment |= {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"} | threads
         result = subprocess.run(
             [sys.executable, "-I", str(script), str(folder)],
             cwd=tmp_path,
