@@ -79,7 +79,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("modeling_msee.evaluation.tables.os.replace", fail)
+    monkeypatch.setattr("modeling_msee.data.files.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         write_metrics(path, ROWS, NAMES, {"protocol": "new"})
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.json"]

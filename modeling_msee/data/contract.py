@@ -123,7 +123,7 @@ def read_image(sample: dict, column: str = "image") -> PILImage.Image:
         name = stored["path"] or sample["image_id"]
         raise ValueError(
             f"{column} {name} (image_id {sample['image_id']}) cannot be read: {error}. "
-            "Repair or remove the file, or train with --skip_bad_images."
+            "Repair or remove the file; training leaves it out with --skip_bad_images."
         ) from error
     return image
 

@@ -2,11 +2,11 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data.files import whole_file
 from .confusion import Scores
 
 
@@ -80,12 +80,6 @@ def write_metrics(
 
 
 def write_whole(path: str | Path, text: str) -> None:
-    """Write a text file that appears whole or not at all: beside `path`, then renamed. Missing folders are created."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    """Write a text file that appears whole or not at all. Missing folders are created."""
+    with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -1,7 +1,6 @@
 """The inference path as an exported program or ONNX file for images of any size, checked against the model."""
 
 import copy
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
+from ..data.files import whole_file
 from ..image_processing_msee import MSEEImageProcessor
 from ..modeling_msee import MSEEForWeaklySupervisedSegmentation
 from .network import InferencePath
@@ -56,9 +56,7 @@ def export(
         raise ValueError(f"{output}: expected a file name that ends in .onnx or .pt2, got {output.suffix!r}.")
     path = InferencePath(copy.deepcopy(model).cpu().float().eval())
     settings = description(tuple(model.config.label_names), processor)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.stem}.{os.getpid()}{output.suffix}")
-    try:
+    with whole_file(output) as partial:
         run = _save_onnx(path, settings, partial) if output.suffix == ".onnx" else _save_pt2(path, settings, partial)
         differences = [_difference(run, path, pixel_values) for pixel_values in _check_inputs(path.model)]
         for difference in differences:
@@ -68,9 +66,6 @@ def export(
                     f"the model's by {difference.value:.2g}, at most {TOLERANCE:.0e} is expected. Try another "
                     "release of torch or onnxruntime."
                 )
-        partial.rename(output)
-    finally:
-        partial.unlink(missing_ok=True)
     return differences
 
 

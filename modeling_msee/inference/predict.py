@@ -12,6 +12,7 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..data.files import whole_file
 from .legend import with_legend
 from .masks import overlay, reduced_picture, save_palette_png
 from .network import PRESENT, Segmenter, load_model, torch_segmenter
@@ -151,20 +152,10 @@ def _write_files(
     files = {}
     for kind, (suffix, write) in writers.items():
         files[kind.removesuffix("s")] = f"{kind}/{name}{suffix}"
-        _write_whole(output / kind / f"{name}{suffix}", write)
+        with whole_file(output / kind / f"{name}{suffix}") as path:
+            write(path)
     return files
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.01 else "< 1 %"
-
-
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write` with a name beside `path`, and give the file its name when it is written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(f".{path.name}.partial")
-    try:
-        write(partial_path)
-        partial_path.rename(path)
-    finally:
-        partial_path.unlink(missing_ok=True)

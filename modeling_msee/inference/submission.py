@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import os
 import re
 import tarfile
 from collections import Counter
@@ -19,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.contract import load_split, read_rgb
+from ..data.files import whole_file
 from ..evaluation.protocols import Protocol
 from ..evaluation.segmentation import (
     CRFRequest,
@@ -189,18 +189,13 @@ def write_archive(path: Path, masks: Sequence[MaskFile], image_ids: Sequence[str
     check_archive_name(path)
     check_masks(masks, image_ids)
     files = {mask.image_id: mask.png for mask in masks}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with (
-            partial.open("wb") as file,
-            gzip.GzipFile("", "wb", fileobj=file, mtime=0) as stream,  # neither a name nor a time in its header
-            tarfile.open(fileobj=stream, mode="w") as archive,
-        ):
-            for image_id in image_ids:
-                member = tarfile.TarInfo(f"{FOLDER}/{image_id}.png")
-                member.size = len(files[image_id])
-                archive.addfile(member, io.BytesIO(files[image_id]))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        whole_file(path) as partial,
+        partial.open("wb") as file,
+        gzip.GzipFile("", "wb", fileobj=file, mtime=0) as stream,  # neither a name nor a time in its header
+        tarfile.open(fileobj=stream, mode="w") as archive,
+    ):
+        for image_id in image_ids:
+            member = tarfile.TarInfo(f"{FOLDER}/{image_id}.png")
+            member.size = len(files[image_id])
+            archive.addfile(member, io.BytesIO(files[image_id]))
