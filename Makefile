@@ -23,7 +23,7 @@ demo: install  ## train on generated shapes, evaluate, draw figures, load the ch
 	$(BIN)/python examples/use_checkpoint.py outputs/demo outputs/shapes
 
 test: install  ## the default suite, offline, under five minutes on two cores
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: install  ## lint, format and types
 	$(BIN)/ruff check .
