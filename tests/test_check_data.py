@@ -11,7 +11,8 @@ from PIL import Image
 
 from datasets_scripts import image_tags
 from modeling_msee.cli import main
-from modeling_msee.data.check import check_data
+from modeling_msee.data.check import RECIPE_RESCALE, check_data
+from modeling_msee.training.arguments import read_recipe
 
 
 pytest_plugins = ["training_fixtures"]
@@ -96,8 +97,8 @@ def test_separator_and_other_split_names(tmp_path: Path) -> None:
     ("side", "fields"),
     [
         (224, []),
-        (896, ["--rescale_min", "0.15", "--rescale_max", "0.28"]),  # 0.6 and 1.1 times a quarter
-        (112, ["--rescale_min", "1.2", "--rescale_max", "2.2"]),
+        (896, ["--rescale_min", "0.2", "--rescale_max", "0.36"]),  # 0.8 and 1.45 times a quarter
+        (112, ["--rescale_min", "1.6", "--rescale_max", "2.9"]),
     ],
 )
 def test_rescaling_follows_the_size_of_the_photographs(tmp_path: Path, side: int, fields: list[str]) -> None:
@@ -106,6 +107,11 @@ def test_rescaling_follows_the_size_of_the_photographs(tmp_path: Path, side: int
     lines = [json.dumps({"file_name": f"{index}.png", "labels": ["ant"]}) for index in range(3)]
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     assert shlex.split(check_data(str(tmp_path)).commands[1])[7:] == ["--eval_split", "none", *fields]
+
+
+def test_rescaling_is_that_of_the_recipe() -> None:
+    recipe = read_recipe(str(Path(__file__).parents[1] / "configuration" / "tags.yaml"))
+    assert (recipe["rescale_min"], recipe["rescale_max"]) == RECIPE_RESCALE
 
 
 # --- Findings -------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ SMALL_SIDE = 64  # pixels: four patches of 16
 IMBALANCE = 20  # images of the most over those of the least frequent class
 ALIKE = 0.8  # similarity of two spellings above which they may mean the same
 RECIPE_SIDE = 224  # pixels: the photographs that the rescaling of configuration/tags.yaml is made for
-RECIPE_RESCALE = (0.6, 1.1)
+RECIPE_RESCALE = (0.8, 1.45)
 SHOWN = 20  # messages of a kind in the printed report
 
 
