@@ -9,6 +9,7 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 
 LONGEST_SIDE = 640  # pixels: enough to see, and a few seconds on the CPU of a free Space
+MASK_OPACITY = 0.6  # the image stays visible under its segmentation
 
 # The front matter of the Space's own README.md names the model, as the Hub shows it.
 MODEL = RepoCard.load("README.md", repo_type="space").data.models[0]
@@ -42,7 +43,9 @@ def segment(image: Image.Image | None):
     maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=False)[0]
     [labels] = processor.post_process_semantic_segmentation(model(pixel_values), target_sizes=[size])
     activation = [(maps[index].numpy(), NAMES[index + 1]) for index in shown.nonzero().flatten().tolist()]
-    masks = [((labels == value).numpy(), NAMES[value]) for value in labels.unique().tolist() if value > 0]
+    masks = [
+        ((labels == value).numpy() * MASK_OPACITY, NAMES[value]) for value in labels.unique().tolist() if value > 0
+    ]
     confidences = dict(zip(NAMES[1:], scores.tolist(), strict=True))
     return confidences, (image, activation), (image, masks)
 
