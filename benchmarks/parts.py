@@ -8,7 +8,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from modeling_msee import modeling_msee
 
@@ -32,6 +32,14 @@ PARTS = (
     *("student pass", "teacher passes", "activation maps", "views", "patch contrast", "refinement", "segmentation"),
     *("energy", "regions + distillation", "other forward", "backward", "optimiser"),
 )
+
+# Some releases of torch (2.14) count the fused attention of GPUs only.
+ATTENTION_ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
+        *shapes[:4]
+    ),
+}
 
 Meter = Callable[[], np.ndarray]
 
@@ -93,7 +101,7 @@ def metered_step(workload: Workload, meter: Meter) -> dict[str, np.ndarray]:
 
 def counted_step(workload: Workload) -> dict[str, float]:
     """Floating-point operations of the matrix products, convolutions and attention of one step, by part."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
         counted = metered_step(workload, lambda: np.array(float(counter.get_total_flops())))
     return {name: float(value) for name, value in counted.items()}
 
