@@ -71,9 +71,11 @@ def measure(cases: list[Case], base: Workload, repeats: int) -> dict[Case, list[
     """Interleaved steps of every case, by part."""
     workloads = {case: base.varied(case) for case in cases}
     results: dict[Case, list[dict[str, np.ndarray]]] = {case: [] for case in cases}
+    order = list(workloads)
     for _ in tqdm(range(repeats), desc="rounds", disable=not sys.stderr.isatty()):
-        for case, workload in workloads.items():
-            results[case].append(metered_step(workload, clocks))
+        for case in order:
+            results[case].append(metered_step(workloads[case], clocks))
+        order.reverse()  # what ran before a step leaves its mark on the next
     return results
 
 

@@ -3,7 +3,8 @@
     with StandInHub() as hub:
         subprocess.run(command, env={**os.environ, **hub.environment(hub.write_token, cache)})
 
-Owner of both tokens is `alice`. Repositories are commits of whole file trees; large files go through git LFS.
+Owner of both tokens is `alice`, or whom the call names. Repositories are commits of whole file trees; large files go
+through git LFS.
 """
 
 import base64
@@ -18,7 +19,6 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 
-OWNER = "alice"
 LARGE = (".safetensors", ".parquet", ".png")  # what the Hub keeps in LFS
 MOST_BYTES = 300_000_000  # of one request; the tests send little, and a mistake must not fill the memory
 
@@ -46,7 +46,8 @@ class StandInHub:
     write_token = "hf_stand_in_token_that_may_write"
     read_token = "hf_stand_in_token_that_may_read"
 
-    def __init__(self) -> None:
+    def __init__(self, owner: str = "alice") -> None:
+        self.owner = owner
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.large: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
@@ -94,6 +95,11 @@ class StandInHub:
         repository = self.repositories[kind, repo_id] = Repository(private)
         repository.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"})
         return repository
+
+    def publish(self, repo_id: str, files: dict[str, bytes]) -> None:
+        """A public model of somebody else."""
+        self.create("model", repo_id).commit("main", files)
+        self.large |= {hashlib.sha256(data).hexdigest(): data for data in files.values()}
 
 
 class _Refusal(Exception):
@@ -184,7 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
         may = self._may_write()
         if may is None:
             raise _Refusal(401, "Invalid username or password.")
-        if not may or owner != OWNER:
+        if not may or owner != self.hub.owner:
             raise _Refusal(403, f"You don't have the rights to write to the namespace {owner!r}")
 
     def _repository(self, kind: str, repo: str, write: bool = False) -> Repository:
@@ -208,7 +214,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def create(self) -> None:
         wanted = json.loads(self.body)
-        owner = wanted.get("organization") or OWNER
+        owner = wanted.get("organization") or self.hub.owner
         self._check_write(owner)
         kind, repo_id = wanted.get("type", "model"), f"{owner}/{wanted['name']}"
         prefix = "" if kind == "model" else f"{kind}s/"
@@ -226,7 +232,7 @@ class _Handler(BaseHTTPRequestHandler):
     def whoami(self) -> None:
         if self._may_write() is None:
             raise _Refusal(401, "Invalid username or password.")
-        self._answer({"type": "user", "name": OWNER})
+        self._answer({"type": "user", "name": self.hub.owner})
 
     def info(self, kind: str, repo: str, revision: str = "main") -> None:
         commit, files = self._tree(kind, repo, revision)

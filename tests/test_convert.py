@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from reference_weights import random_toco_state
 
 from modeling_msee import MSEEForWeaklySupervisedSegmentation, MSEEImageProcessor
 from modeling_msee.cli import main
@@ -14,50 +15,10 @@ from modeling_msee.hub.convert import convert_toco_checkpoint
 WIDTH, DEPTH, PATCH = 8, 3, 4
 
 
-def linear(rows: int, columns: int, name: str) -> dict[str, torch.Tensor]:
-    return {f"{name}.weight": torch.randn(rows, columns), f"{name}.bias": torch.randn(rows)}
-
-
-def norm(name: str) -> dict[str, torch.Tensor]:
-    return {f"{name}.weight": torch.ones(WIDTH), f"{name}.bias": torch.zeros(WIDTH)}
-
-
-def head(name: str) -> dict[str, torch.Tensor]:
-    return {
-        **linear(10, WIDTH, f"{name}.mlp.0"),
-        **linear(10, 10, f"{name}.mlp.2"),
-        **linear(6, 10, f"{name}.mlp.4"),
-        f"{name}.last_layer.weight_v": torch.randn(12, 6),
-        f"{name}.last_layer.weight_g": torch.ones(12, 1),
-    }
-
-
 @pytest.fixture
 def state() -> dict[str, torch.Tensor]:
     """A tiny network under the baseline's names, two classes."""
-    torch.manual_seed(0)
-    blocks: dict[str, torch.Tensor] = {}
-    for index in range(DEPTH):
-        name = f"encoder.blocks.{index}"
-        blocks |= norm(f"{name}.norm1") | norm(f"{name}.norm2")
-        blocks |= linear(3 * WIDTH, WIDTH, f"{name}.attn.qkv") | linear(WIDTH, WIDTH, f"{name}.attn.proj")
-        blocks |= linear(16, WIDTH, f"{name}.mlp.fc1") | linear(WIDTH, 16, f"{name}.mlp.fc2")
-    return {
-        "encoder.cls_token": torch.randn(1, 1, WIDTH),
-        "encoder.pos_embed": torch.randn(1, 1 + 9, WIDTH),
-        "encoder.patch_embed.proj.weight": torch.randn(WIDTH, 3, PATCH, PATCH),
-        "encoder.patch_embed.proj.bias": torch.randn(WIDTH),
-        **blocks,
-        **norm("encoder.norm"),
-        **linear(5, WIDTH, "encoder.head"),
-        "classifier.weight": torch.randn(2, WIDTH, 1, 1),
-        "aux_classifier.weight": torch.randn(2, WIDTH, 1, 1),
-        "decoder.conv6.weight": torch.randn(7, WIDTH, 3, 3),
-        "decoder.conv7.weight": torch.randn(7, 7, 3, 3),
-        "decoder.conv8.weight": torch.randn(3, 7, 1, 1),
-        **head("proj_head"),
-        **head("proj_head_t"),
-    }
+    return random_toco_state(WIDTH, DEPTH, PATCH, classes=2)
 
 
 def test_sizes_are_read_off_the_weights(state, tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 
+from benchmarks import energy
 from benchmarks.parts import PARTS, counted_step
 from benchmarks.step import report
 from benchmarks.workload import PRESETS, Case, Workload, growth
@@ -117,6 +119,11 @@ class TestBenchmark:
         for name in PARTS:
             assert f"| {name} |" in text
         assert "scale factors none" in text
+
+    def test_energy(self, tmp_path, capsys):
+        Image.new("RGB", (40, 30), "olive").save(tmp_path / "photograph.png")
+        energy.main([str(tmp_path / "photograph.png"), "--repeats", "1"])
+        assert "| photograph.png |" in capsys.readouterr().out
 
     def test_operations_of_the_student_pass(self):
         """By hand: 36 patches and a class token, 3 blocks of width 32; twice a product's multiplications."""

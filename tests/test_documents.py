@@ -3,7 +3,7 @@
 Every line of every `bash` block is looked at. `msee`, the data set builders, `train_msee.py` (also behind `accelerate
 launch`), scripts of the repository, `make` and `pip` are parsed by what they call, without running them; a recipe must
 exist and its overrides be fields. Anything else must be a plain shell tool of the list below, or its line, or the line
-of text above its block, says `needs a GPU` or `needs the Hub`; our own commands are parsed there, too.
+of text above its block, says `needs a GPU`, `needs the Hub` or `needs PyPI`; our own commands are parsed there, too.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from documents import DOCUMENTS, ROOT, bash_commands, simple_commands
 
 from modeling_msee.cli import build_parser
 from modeling_msee.training.arguments import parse_recipe
@@ -24,46 +25,11 @@ try:
 except ImportError:  # Python 3.10, where pytest brings it
     import tomli as tomllib  # type: ignore[no-redef]
 
-ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-MARK = re.compile(r"needs (a GPU|the Hub)")
 SHELL_TOOLS = {".", "cat", "cd", "cp", "du", "export", "git", "ls", "mkdir", "mv", "source", "tar", "unzip"}
 
 
 class Unaccepted(Exception):
     """A command of a document that would not run."""
-
-
-# --- Reading documents ----------------------------------------------------------------------------
-
-
-def bash_commands(text: str) -> list[tuple[str, bool]]:
-    """Command lines of all bash blocks, continuation lines joined, each with whether it is marked."""
-    found = []
-    for match in re.finditer(r"(?:^|(?<=\n))([^\n]*)\n*```(?:bash|sh|shell|console)\n(.*?)```", text, re.DOTALL):
-        block_is_marked = MARK.search(match[1]) is not None
-        for line in match[2].replace("\\\n", " ").splitlines():
-            if line.strip() and not line.lstrip().startswith("#"):
-                found.append((line.strip(), block_is_marked or MARK.search(line) is not None))
-    return found
-
-
-def simple_commands(line: str) -> list[list[str]]:
-    """The words of each command of a line, split at `&&`, `|`, `;`; no comments, assignments and redirections."""
-    lexer = shlex.shlex(line, posix=True, punctuation_chars="&|;<>")
-    lexer.whitespace_split = True
-    commands: list[list[str]] = [[]]
-    skipped = False
-    for word in lexer:
-        if set(word) <= set("&|;"):
-            commands.append([])
-        elif set(word) <= set("<>"):
-            skipped = True
-        elif skipped:
-            skipped = False
-        elif commands[-1] or not re.match(r"^\w+=", word):
-            commands[-1].append(word)
-    return [words for words in commands if words]
 
 
 # --- Checking a command ---------------------------------------------------------------------------
