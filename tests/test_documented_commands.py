@@ -40,14 +40,17 @@ ENCODERS: dict[str, dict[str, Any]] = {
 }
 # What a document takes for granted, by names of `PREPARED`.
 INPUTS = {
-    "README.md": ("photos", "photo.jpg", "VOCdevkit", "benchmark_RELEASE", "coco", "toco.pth", "outputs/voc-msee"),
+    "README.md": (
+        *("photos", "photo.jpg", "VOCdevkit", "benchmark_RELEASE", "coco", "toco.pth"),
+        *("outputs/voc-msee", "outputs/voc-test"),
+    ),
     "docs/figures.md": (
         *("outputs/voc", "outputs/toco", "outputs/voc-msee", "outputs/stamps", "outputs/stamps-msee"),
         *("outputs/coco", "outputs/coco-msee"),
     ),
     "docs/hub.md": ("outputs/shapes", "outputs/demo", "outputs/tags"),
     "docs/own-data.md": ("photos",),
-    "docs/performance.md": (),
+    "docs/performance.md": ("photo.jpg",),
     "docs/protocols.md": ("outputs/shapes", "outputs/demo", "outputs/voc-msee", "outputs/voc-test", "MODEL", "DATA"),
     "docs/results.md": ("outputs/stamps",),
 }
@@ -76,8 +79,10 @@ def lay_out(folder: Path) -> Path:
         overrides = {"overrides": {**values["overrides"], **short}} if short else {}
         table.write_text(yaml.safe_dump({**values, **overrides, "rows": values["rows"][:2], "seeds": [0]}))
     (folder / ".venv").mkdir()
-    (folder / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
-    (folder / ".venv" / "installed").touch()
+    for path in Path(sys.prefix).iterdir():
+        if path.name != "installed":
+            (folder / ".venv" / path.name).symlink_to(path)
+    (folder / ".venv" / "installed").touch()  # newer than pyproject.toml, so that make installs nothing
     return folder
 
 
