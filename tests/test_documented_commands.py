@@ -52,7 +52,7 @@ INPUTS = {
     "docs/own-data.md": ("photos",),
     "docs/performance.md": ("photo.jpg",),
     "docs/protocols.md": ("outputs/shapes", "outputs/demo", "outputs/voc-msee", "outputs/voc-test", "MODEL", "DATA"),
-    "docs/results.md": ("outputs/stamps",),
+    "docs/results.md": ("outputs/stamps", "outputs/photos-msee"),
 }
 
 Run = Callable[[Path, str], str]
@@ -163,6 +163,8 @@ PREPARATION = (
     "python train_msee.py configuration/coco.yaml --effective_batch_size 1 --crf false",
     "python train_msee.py configuration/tags.yaml --dataset outputs/stamps --output_dir outputs/stamps-msee",
     "cp -r outputs/voc-msee outputs/toco",
+    "cp -r outputs/stamps-msee outputs/photos-msee",
+    "cp -r outputs/stamps-msee/checkpoint-2 outputs/photos-msee/checkpoint-400",
     "cp -r outputs/demo MODEL && cp -r outputs/shapes DATA",
 )
 

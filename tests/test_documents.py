@@ -16,8 +16,8 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from documents import DOCUMENTS, ROOT, bash_commands, simple_commands
 
-from modeling_msee.cli import build_parser
-from modeling_msee.training.arguments import parse_recipe
+from modeling_msee.cli import WITH_RECIPE_FIELDS, build_parser
+from modeling_msee.training.arguments import check_known_fields, parse_overrides, parse_recipe
 
 
 try:
@@ -41,6 +41,16 @@ def parse(parser: argparse.ArgumentParser, words: list[str]) -> None:
     except SystemExit as stop:
         if stop.code != 0:  # --help ends with 0
             raise Unaccepted(f"{parser.prog} does not accept {shlex.join(words)}") from stop
+
+
+def parse_with_fields(words: list[str]) -> None:
+    """A command of msee that also takes any field of a recipe."""
+    _, fields = build_parser().parse_known_args(words)
+    try:
+        overrides = parse_overrides(fields)
+        check_known_fields(overrides, "the command line")
+    except ValueError as error:
+        raise Unaccepted(str(error)) from error
 
 
 def check_builder(module: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +114,9 @@ def check_pip(words: list[str]) -> None:
 def check_command(words: list[str], marked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Raise Unaccepted unless the command would be accepted, or is marked and none of ours."""
     name, *rest = (Path(words[0]).name, *words[1:])
-    if name == "msee":
+    if name == "msee" and rest[0] in WITH_RECIPE_FIELDS:
+        parse_with_fields(rest)
+    elif name == "msee":
         parse(build_parser(), rest)
     elif name in ("python", "python3", "torchrun") and rest and rest[0] == "-m":
         if rest[1] == "modeling_msee.cli":
@@ -147,6 +159,7 @@ def test_command_is_accepted(line: str, marked: bool, monkeypatch: pytest.Monkey
         ("msee evaluate outputs/demo", "does not accept"),
         ("msee figures M --data D --output O --colour red", "does not accept"),
         ("cd x && msee nonsense", "does not accept"),
+        ("msee ablate configuration/ablations/table3.yaml --output x --max_step 3", "did you mean 'max_steps'"),
         ("python -m datasets_scripts.voc --output x", "does not accept"),
         ("python -m datasets_scripts.ade20k --output x", "no module datasets_scripts.ade20k"),
         ("python train_msee.py configuration/none.yaml", "no recipe configuration/none.yaml"),
