@@ -31,14 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     print("| photograph | forward | backward | both | both, CPU |\n|---|---|---|---|---|")
     for path in options.photographs:
-        image = read(path)
+        image = photograph_at_training_size(path)
         seconds = np.array([forward_and_backward(image) for _ in range(options.repeats + 1)])[1:]
         forward, backward, processor = np.median(seconds, axis=0) * 1e3
         both = np.median(seconds[:, :2].sum(axis=1)) * 1e3
         print(f"| {path.name} | {forward:.0f} | {backward:.0f} | {both:.0f} | {processor:.0f} |")
 
 
-def read(path: Path) -> Tensor:
+def photograph_at_training_size(path: Path) -> Tensor:
     """(1, 3, 448, 448), colours in [0, 255]."""
     with Image.open(path) as image:
         pixels = pil_to_tensor(image.convert("RGB"))[None].float()

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from documents import ROOT, bash_commands, python_blocks
+from documents import DOCUMENTS, ROOT, bash_commands, python_blocks
 from PIL import Image
 from reference_weights import random_toco_state
 from scipy.io import savemat
@@ -31,14 +31,19 @@ pytestmark = pytest.mark.slow
 
 LEFT_OUT = ("make install", "make test", "make check", ".venv/bin/python -m pytest", "MSEE_SPACE_SCREENSHOT")
 REPEATING = ("python -m benchmarks.step", "python -m benchmarks.compiled")
-# Two steps with every term on; numbers of images that two processes can share.
-SHORT = {"max_steps": 2, "warmup_steps": 0, "effective_batch_size": 4, "save_steps": 1, "save_strategy": "steps"}
+TWO_STEPS = {"max_steps": 2, "warmup_steps": 0}
 STARTS = ("segmentation", "main_activation", "patch_contrast", "class_contrast", "msee")
+# Every term on from the first step; numbers of images that two processes can share.
+SHORT = {
+    **TWO_STEPS,
+    **{f"{name}_start_step": 0 for name in STARTS},
+    **{"effective_batch_size": 4, "save_steps": 1, "save_strategy": "steps"},
+}
 ENCODERS: dict[str, dict[str, Any]] = {
     "facebook/dinov2-small": {"model_type": "dinov2", "mlp_ratio": 2, "patch_size": 14, "image_size": 70},
     "google/vit-base-patch16-224": {"model_type": "vit", "intermediate_size": 64, "patch_size": 16, "image_size": 64},
 }
-# What a document takes for granted, by names of `PREPARED`.
+# What a document takes for granted: paths that the fixture `prepared` holds.
 INPUTS = {
     "README.md": (
         *("photos", "photo.jpg", "VOCdevkit", "benchmark_RELEASE", "coco", "toco.pth"),
@@ -70,14 +75,11 @@ def lay_out(folder: Path) -> Path:
         shutil.copy(ROOT / name, folder / name)
     shutil.copytree(ROOT / "configuration", folder / "configuration")
     for recipe in (folder / "configuration").glob("*.yaml"):
-        values = yaml.safe_load(recipe.read_text())
-        starts = {f"{name}_start_step": 0 for name in STARTS}
-        recipe.write_text(yaml.safe_dump({**values, **SHORT, **starts}))
+        recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | SHORT))
     for table in (folder / "configuration" / "ablations").glob("*.yaml"):
         values = yaml.safe_load(table.read_text())
-        short = {"max_steps": 2, "warmup_steps": 0} if "overrides" in values else {}
-        overrides = {"overrides": {**values["overrides"], **short}} if short else {}
-        table.write_text(yaml.safe_dump({**values, **overrides, "rows": values["rows"][:2], "seeds": [0]}))
+        short = {"overrides": values.get("overrides", {}) | TWO_STEPS, "rows": values["rows"][:2], "seeds": [0]}
+        table.write_text(yaml.safe_dump(values | short))
     (folder / ".venv").mkdir()
     for path in Path(sys.prefix).iterdir():
         if path.name != "installed":
@@ -221,20 +223,14 @@ def runnable_lines(document: str) -> list[str]:
         if "needs a GPU" in line or "needs PyPI" in line or line.startswith(LEFT_OUT):
             continue
         words, _, comment = line.partition("  #")
-        repeats = (
-            " --repeats 1" if words.startswith(("python -m benchmarks.step", "python -m benchmarks.compiled")) else ""
-        )
+        repeats = " --repeats 1" if words.startswith(REPEATING) else ""
         lines.append(words.rstrip() + repeats + ("  #" + comment if comment else ""))
     return lines
 
 
 def test_no_document_is_forgotten() -> None:
-    with_commands = {
-        str(path.relative_to(ROOT))
-        for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
-        if runnable_lines(str(path.relative_to(ROOT)))
-    }
-    assert with_commands == set(INPUTS)
+    names = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
+    assert {name for name in names if runnable_lines(name)} == set(INPUTS)
 
 
 @pytest.mark.parametrize("document", INPUTS)
@@ -244,9 +240,8 @@ def test_commands_run(document: str, workspace, run: Run) -> None:
     for line in runnable_lines(document):
         print(run(folder, line)[-3000:])
     for number, block in enumerate(python_blocks((ROOT / document).read_text(encoding="utf-8"))):
-        if document == "docs/hub.md" or "photo.jpg" in block:
-            (folder / f"block_{number}.py").write_text(block)
-            print(run(folder, f"python block_{number}.py"))
+        (folder / f"block_{number}.py").write_text(block)
+        print(run(folder, f"python block_{number}.py"))
     for table in folder.glob("outputs/**/failures-*.csv"):
         with table.open(newline="") as file:
             assert list(csv.DictReader(file))

@@ -6,10 +6,11 @@ exist and its overrides be fields. Anything else must be a plain shell tool of t
 of text above its block, says `needs a GPU`, `needs the Hub` or `needs PyPI`; our own commands are parsed there, too.
 """
 
-import argparse
 import importlib
 import re
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -35,20 +36,26 @@ class Unaccepted(Exception):
 # --- Checking a command ---------------------------------------------------------------------------
 
 
-def parse(parser: argparse.ArgumentParser, words: list[str]) -> None:
+@contextmanager
+def accepted(name: str, words: list[str]) -> Iterator[None]:
+    """Raise Unaccepted where a parser refuses the words."""
     try:
-        parser.parse_args(words)
+        yield
     except SystemExit as stop:
         if stop.code != 0:  # --help ends with 0
-            raise Unaccepted(f"{parser.prog} does not accept {shlex.join(words)}") from stop
+            raise Unaccepted(f"{name} does not accept {shlex.join(words)}") from stop
 
 
-def parse_with_fields(words: list[str]) -> None:
-    """A command of msee that also takes any field of a recipe."""
-    _, fields = build_parser().parse_known_args(words)
+def check_msee(words: list[str]) -> None:
+    """A command of msee; some also take any field of a recipe."""
+    parser = build_parser()
+    with accepted("msee", words):
+        if words[0] not in WITH_RECIPE_FIELDS:
+            parser.parse_args(words)
+            return
+        _, fields = parser.parse_known_args(words)
     try:
-        overrides = parse_overrides(fields)
-        check_known_fields(overrides, "the command line")
+        check_known_fields(parse_overrides(fields), "the command line")
     except ValueError as error:
         raise Unaccepted(str(error)) from error
 
@@ -61,11 +68,8 @@ def check_builder(module: str, words: list[str], monkeypatch: pytest.MonkeyPatch
         return
     loaded = importlib.import_module(module)
     monkeypatch.setattr(loaded, "run_command", lambda build: 0)
-    try:
+    with accepted(module, words):
         loaded.main(words)
-    except SystemExit as stop:
-        if stop.code != 0:
-            raise Unaccepted(f"{module} does not accept {shlex.join(words)}") from stop
 
 
 def check_training(words: list[str]) -> None:
@@ -114,13 +118,11 @@ def check_pip(words: list[str]) -> None:
 def check_command(words: list[str], marked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Raise Unaccepted unless the command would be accepted, or is marked and none of ours."""
     name, *rest = (Path(words[0]).name, *words[1:])
-    if name == "msee" and rest[0] in WITH_RECIPE_FIELDS:
-        parse_with_fields(rest)
-    elif name == "msee":
-        parse(build_parser(), rest)
+    if name == "msee":
+        check_msee(rest)
     elif name in ("python", "python3", "torchrun") and rest and rest[0] == "-m":
         if rest[1] == "modeling_msee.cli":
-            parse(build_parser(), rest[2:])
+            check_msee(rest[2:])
         elif rest[1] == "pip":
             check_pip(rest[2:])
         elif rest[1] not in ("pytest", "venv", "mypy"):

@@ -5,9 +5,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torchvision.transforms.v2.functional import pil_to_tensor
 
+from benchmarks.energy import photograph_at_training_size
 from modeling_msee import losses_msee
 from modeling_msee.losses_msee import dense_energy_loss
 from modeling_msee.refinement_msee import bilateral_filter
@@ -104,5 +103,4 @@ def test_a_batch_is_its_images():
 def test_photographs_at_training_size(shared, name):
     """448 px, so 224 px in the filter, 21 classes."""
     path = shared / "data" / "VOCdevkit" / "VOC2012" / "JPEGImages" / f"{name}.jpg"
-    photograph = pil_to_tensor(Image.open(path).convert("RGB"))[None].float()
-    assert_close_to_the_exact(F.interpolate(photograph, size=(448, 448), mode="bilinear"), classes=21)
+    assert_close_to_the_exact(photograph_at_training_size(path), classes=21)
