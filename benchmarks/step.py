@@ -2,7 +2,7 @@
 
     python -m benchmarks.step voc              # ViT-B/16, 448 px, batch 1, every loss
     python -m benchmarks.step small --growth   # ViT-S/16, 224 px, batch 2; image size, batch, scale factors, classes
-    python -m benchmarks.step tags             # DINOv2-small, 168 px, batch 8, first 9 blocks frozen
+    python -m benchmarks.step tags             # DINOv2-small, 224 px, batch 8, first 9 blocks frozen
 
 Steps of all cases are interleaved and medians taken, so that other load on the machine meets all of them alike.
 Processor time suffers less from it than seconds on the clock. OMP_NUM_THREADS sets the number of threads.

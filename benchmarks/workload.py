@@ -54,7 +54,7 @@ class Case:
 PRESETS = {
     "voc": Case("voc.yaml", {"model_type": "vit", "hidden_size": 768}, image_size=448, batch_size=1, num_classes=20),
     "small": Case("voc.yaml", VIT_SMALL, image_size=224, batch_size=2, num_classes=20),
-    "tags": Case("tags.yaml", DINOV2_SMALL, image_size=168, batch_size=8, num_classes=12),
+    "tags": Case("tags.yaml", DINOV2_SMALL, image_size=224, batch_size=8, num_classes=12),
 }
 
 

@@ -87,18 +87,26 @@ class TestCompile:
     def check(self, tiny_model, backend):
         """Loss, its terms and every gradient of the whole forward; what cannot be compiled runs as it is."""
         labels = torch.tensor([[0.0, 1, 0, 1, 0], [1, 0, 0, 0, 0]])
-        inputs = {"pixel_values": images(), "labels": labels, "crop_draws": torch.rand(2, 2)}
+        draws = torch.rand(2, 2, generator=torch.Generator().manual_seed(0))
+        inputs = {"pixel_values": images(), "labels": labels, "crop_draws": draws}
         results = []
         for compiled in (False, True):
-            model = tiny_model()
+            # Local views are negatives here. Without any the class contrast, as the reference writes it, is the
+            # logarithm of a quotient near one, and the last bit of a pixel moves its gradients by a thousandth.
+            model = tiny_model(uncertain_share=1.0)
             if compiled:
                 torch._dynamo.reset()
                 model.compile(backend=backend)
             output = model(**inputs)
             output.loss.backward()
             gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-            results.append((output.loss, output.losses, output.logits, gradients))
-        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+            results.append(({"loss": output.loss, "logits": output.logits, **output.losses}, gradients))
+        torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-6, atol=1e-6)
+        assert results[1][1].keys() == results[0][1].keys()
+        for name, expected in results[0][1].items():
+            # Of the gradient's largest element; the keys' biases have none but noise.
+            allowed = 1e-5 * expected.abs().max() + 1e-9
+            assert (results[1][1][name] - expected).abs().max() <= allowed, name
 
     @pytest.mark.slow
     def test_as_traced(self, tiny_model):
