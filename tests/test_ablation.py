@@ -288,14 +288,21 @@ def test_tiny_training_interrupted_and_resumed(tiny_recipe, tiny_data, tmp_path,
     assert "The M-SEE term, first → last logged mean:" in capsys.readouterr().out
 
 
-def test_training_in_a_process_of_its_own(tiny_recipe, tiny_data, tmp_path, monkeypatch, dataset_cache) -> None:
+def test_training_in_a_process_of_its_own(
+    tiny_recipe, tiny_data, tmp_path, monkeypatch, dataset_cache, capsys
+) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(dataset_cache))
-    table = write_table(tmp_path, recipe=str(tiny_recipe), rows=TABLE["rows"][:1], seeds=[0])
-    words = ["--output", tmp_path / "out", "--dataset", tiny_data, "--max_steps", 1]
-    assert main(["ablate", str(table), *map(str, words)]) == 0
+    monkeypatch.chdir(tmp_path)
+    os.symlink(tiny_data, "data")
+    write_table(tmp_path, recipe=str(tiny_recipe), rows=TABLE["rows"][:1], seeds=[0])
+    words = ["ablate", "table.yaml", "--output", "out", "--dataset", "data", "--max_steps", "1"]
+    assert main(words) == 0
     folder = tmp_path / "out" / "0-off" / "seed-0"
     assert "Protocol: msee" in (folder / "log.txt").read_text() and (folder / "model.safetensors").exists()
+    capsys.readouterr()
+    assert main(words) == 0  # training wrote ./data into its recipe
+    assert "0 off, seed 0: finished before" in capsys.readouterr().out
 
 
 # --- Figures --------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import yaml
 
 from ..evaluation.tables import write_whole
 from .ablation_file import OWN_FIELDS, Ablation, AblationRow
-from .arguments import RecipeLoader, check_fields, read_recipe
+from .arguments import RecipeLoader, check_fields, read_recipe, written_recipe
 
 
 # What a module of Python's is started with; "accelerate launch -m" and "torchrun -m" take its place.
@@ -78,8 +78,8 @@ def plan_runs(
 
 
 def _as_read(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe as it comes back from a file."""
-    return yaml.load(yaml.safe_dump(recipe), Loader=RecipeLoader)
+    """The recipe as it comes back from the file that training leaves."""
+    return yaml.load(written_recipe(recipe), Loader=RecipeLoader)
 
 
 def _check_recipe(run: AblationRun) -> None:
