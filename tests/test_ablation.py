@@ -247,6 +247,8 @@ def test_folder_of_another_recipe(ablate: Ablate, tmp_path: Path, capsys) -> Non
     error = capsys.readouterr().err
     assert message in error and str(Path("out") / "0-off" / "seed-0") in error
     assert calls(tmp_path / "out") == before
+    path = tmp_path / "out" / "0-off" / "seed-0" / "recipe.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()), sort_keys=True))  # no other recipe
     os.rename(tmp_path / "out", tmp_path / "moved")
     assert ablate("--max_steps", 9, "--seeds", 0, "--output", tmp_path / "moved") == 0
     assert calls(tmp_path / "moved") == before

@@ -92,7 +92,7 @@ def _check_recipe(run: AblationRun) -> None:
     differences = [
         f"{name}: {_shown(found, name)} there, {_shown(run.recipe, name)} now"
         for name in names
-        if _shown(found, name) != _shown(run.recipe, name)
+        if (name in found) != (name in run.recipe) or found.get(name) != run.recipe.get(name)
     ]
     if differences:
         raise ValueError(
