@@ -10,7 +10,7 @@ from torch import Tensor
 from .activation_msee import IGNORE_INDEX, box_mask, present_classes, restore_classes, take_classes
 
 
-# Unrolled, its hundreds of shifted views keep a compiler busy for longer than many a training takes.
+# Unrolled, its hundreds of shifted views kept the compiler busy for more than five minutes.
 @torch.compiler.disable
 def pixel_adaptive_refinement(
     image: Tensor, masks: Tensor, iterations: int = 10, dilations: Sequence[int] = (1, 2, 4, 8, 12, 24)

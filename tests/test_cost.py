@@ -101,12 +101,13 @@ class TestCompile:
             output.loss.backward()
             gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
             results.append(({"loss": output.loss, "logits": output.logits, **output.losses}, gradients))
-        torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-6, atol=1e-6)
-        assert results[1][1].keys() == results[0][1].keys()
-        for name, expected in results[0][1].items():
+        (expected_output, expected_gradients), (output, gradients) = results
+        torch.testing.assert_close(output, expected_output, rtol=1e-6, atol=1e-6)
+        assert gradients.keys() == expected_gradients.keys()
+        for name, expected in expected_gradients.items():
             # Of the gradient's largest element; the keys' biases have none but noise.
             allowed = 1e-5 * expected.abs().max() + 1e-9
-            assert (results[1][1][name] - expected).abs().max() <= allowed, name
+            assert (gradients[name] - expected).abs().max() <= allowed, name
 
     @pytest.mark.slow
     def test_as_traced(self, tiny_model):
