@@ -1,6 +1,7 @@
 """Agreement with the published baseline and with a loop-by-loop evaluation of Eq. 1-7, on stored figures.
 
-The tolerances are those between float32 and float64 runs of the reference (`../shared/golden/README.md`).
+The tolerances are those between float32 and float64 runs of the reference (`../shared/golden/README.md`); where the
+reference itself does not keep them, a bound is derived in the test.
 """
 
 import numpy as np
@@ -174,14 +175,34 @@ def test_segmentation_loss_without_foreground(golden):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
-@pytest.mark.parametrize("case", ["all_pos", "all_local_neg"])
-def test_class_contrast(golden, case, temperature):
-    reference = golden("04_losses", f"ctc/{case}")
+def test_class_contrast(golden, temperature):
+    reference = golden("04_losses", "ctc/all_local_neg")
     student = reference["student"].requires_grad_()
     loss = class_token_contrast_loss(student, reference["teacher"], reference["flags"], temperature)
     loss.backward()
     assert_close("loss", loss.detach(), reference[f"T{temperature}/loss"], relative=1e-5)
     assert_close("gradient", student.grad, reference[f"T{temperature}/grad_student"], relative=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_class_contrast_without_negatives(golden, temperature):
+    """Beside e stands only 1e-4, so the stored float32 gradient itself is 2e-4 to 5e-4 off, processor by processor.
+
+    Of -log(q), q = e / d, it is e (q / d - 1 / d) / q: all but 1e-4 cancels, the roundings of d, q, q / d and 1 / d
+    do not. Each is at most eps / 2 of the term's weight, 1 / (2 B V T), and two evaluations have eight of them.
+    """
+    reference = golden("04_losses", "ctc/all_pos")
+    teacher, flags = reference["teacher"], reference["flags"]
+    weight = 1 / (2 * flags.numel() * temperature)
+    rounding = weight * torch.finfo(torch.float32).eps / 2 * teacher.view(2, -1).abs().sum(dim=0).max().item()
+    for precision, roundings in ((torch.float32, 8), (torch.float64, 4)):
+        student = reference["student"].to(precision, copy=True).requires_grad_()
+        loss = class_token_contrast_loss(student, teacher.to(precision), flags, temperature)
+        loss.backward()
+        gradient = student.grad.float()
+        assert_close("gradient", gradient, reference[f"T{temperature}/grad_student"], absolute=roundings * rounding)
+        if precision == torch.float32:
+            assert_close("loss", loss.detach(), reference[f"T{temperature}/loss"], relative=1e-5)
 
 
 def test_full_projection_head(golden, shared):
