@@ -68,14 +68,9 @@ def main(arguments: list[str]) -> None:
         print(
             f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; the same command goes on."
         )
-        return
-    trainer.save_model()
-    trainer.save_state()
-    if samples is not None:
-        score(trainer, samples, recipe.data, command_line(Path(__file__).name, arguments))
-    trainer.create_model_card()
-    if training.push_to_hub:
-        trainer.push_to_hub()
+    else:
+        finish(trainer, samples, recipe.data, command_line(Path(__file__).name, arguments))
+    trainer.accelerator.end_training()  # else gloo's threads outlive the interpreter, and may abort
 
 
 def load_data(data: DataArguments, split: str, columns: list[str]) -> Dataset:
@@ -120,6 +115,17 @@ def write_recipe(recipe: Recipe, trainer: MSEETrainer) -> None:
         output = Path(trainer.args.output_dir)
         output.mkdir(parents=True, exist_ok=True)
         (output / "recipe.yaml").write_text(written_recipe(recipe.values), encoding="utf-8")
+
+
+def finish(trainer: MSEETrainer, samples: EvaluationSamples | None, data: DataArguments, command: str) -> None:
+    """Save, score and describe the trained model."""
+    trainer.save_model()
+    trainer.save_state()
+    if samples is not None:
+        score(trainer, samples, data, command)
+    trainer.create_model_card()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
 
 
 def score(trainer: MSEETrainer, samples: EvaluationSamples, data: DataArguments, command: str) -> None:
