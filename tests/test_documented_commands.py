@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModel
 pytestmark = pytest.mark.slow
 
 LEFT_OUT = ("make install", "make test", "make check", ".venv/bin/python -m pytest", "MSEE_SPACE_SCREENSHOT")
-REPEATING = ("python -m benchmarks.step", "python -m benchmarks.compiled")
+REPEATING = ("python -m benchmarks.step", "python -m benchmarks.faster")
 TWO_STEPS = {"max_steps": 2, "warmup_steps": 0}
 STARTS = ("segmentation", "main_activation", "patch_contrast", "class_contrast", "msee")
 # Every term on from the first step; numbers of images that two processes can share.
