@@ -55,7 +55,7 @@ INPUTS = {
     ),
     "docs/hub.md": ("outputs/shapes", "outputs/demo", "outputs/tags"),
     "docs/own-data.md": ("photos",),
-    "docs/performance.md": ("photo.jpg",),
+    "docs/performance.md": ("photo.jpg", "outputs/shapes"),
     "docs/protocols.md": ("outputs/shapes", "outputs/demo", "outputs/voc-msee", "outputs/voc-test", "MODEL", "DATA"),
     "docs/results.md": ("outputs/stamps", "outputs/photos-msee"),
 }
