@@ -52,7 +52,7 @@ class MSEEConfig(PreTrainedConfig):
         msee_loss_reduction (`"mean"` or `"sum"`):
             Eq. 7 over the positions of an image; `"sum"` as printed. Over the images of a step it is always the mean.
         msee_loss_weight (`float`, defaults to 0.01):
-            Weight of Eq. 7; the paper gives none.
+            λ, the weight of Eq. 7; the paper gives none, docs/results.md says what came of others.
         msee_start_step (`int`, defaults to 2000):
             First step with the M-SEE loss.
         teacher_gradient (`bool`, defaults to `False`):
