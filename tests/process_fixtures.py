@@ -13,7 +13,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import datasets
-import psutil
 import pytest
 from accelerate import DistributedType, PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -74,10 +73,8 @@ class Run:
         return self.log.read_text(encoding="utf-8")
 
     def send(self, number: int) -> None:
-        """To the processes and their data workers, as schedulers and `timeout` do."""
-        ranks = [psutil.Process(process.pid) for process in self.processes]
-        for process in [*ranks, *(worker for rank in ranks for worker in rank.children())]:
-            process.send_signal(number)
+        for process in self.processes:
+            os.kill(process.pid, number)
 
     def wait_for(self, path: Path) -> None:
         deadline = time.monotonic() + 600
