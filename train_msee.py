@@ -64,12 +64,11 @@ def main(arguments: list[str]) -> None:
     )
     write_recipe(recipe, trainer)
     trainer.train(resume_from_checkpoint=training.start())
-    if trainer.state.global_step < trainer.state.max_steps:
-        print(
-            f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; the same command goes on."
-        )
-    else:
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    if step >= steps:
         finish(trainer, samples, recipe.data, command_line(Path(__file__).name, arguments))
+    elif trainer.is_world_process_zero():
+        print(f"Stopped after step {step} of {steps}; the same command goes on.")
     trainer.accelerator.end_training()  # else gloo's threads outlive the interpreter, and may abort
 
 

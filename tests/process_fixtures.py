@@ -3,6 +3,7 @@
 All are forked from one process that has imported everything, so that a run costs little more than its steps.
 """
 
+import contextlib
 import multiprocessing
 import os
 import socket
@@ -13,6 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import datasets
+import psutil
 import pytest
 from accelerate import DistributedType, PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -73,8 +75,11 @@ class Run:
         return self.log.read_text(encoding="utf-8")
 
     def send(self, number: int) -> None:
-        for process in self.processes:
-            os.kill(process.pid, number)
+        """To the processes and their data workers, as schedulers and `timeout` do."""
+        ranks = [psutil.Process(process.pid) for process in self.processes]
+        for process in [*ranks, *(worker for rank in ranks for worker in rank.children())]:
+            with contextlib.suppress(psutil.NoSuchProcess):  # a worker may have left since
+                process.send_signal(number)
 
     def wait_for(self, path: Path) -> None:
         deadline = time.monotonic() + 600

@@ -24,6 +24,7 @@ from .callbacks import AveragedHead, SampleOrder, SaveOnSigterm
 from .checkpoints import mark_complete
 from .samples import EpochSampler
 from .schedule import learning_rate_factor, parameter_groups
+from .workers import with_patient_workers
 
 
 class MSEETrainer(Trainer):
@@ -53,6 +54,12 @@ class MSEETrainer(Trainer):
         super().create_accelerator_and_postprocess()
         if self.is_fsdp_enabled:
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
+    def get_train_dataloader(self):
+        return with_patient_workers(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        return with_patient_workers(super().get_eval_dataloader(eval_dataset))
 
     def create_optimizer(self, model=None):
         """AdamW on two groups, encoder and heads (§5.1)."""

@@ -1,0 +1,36 @@
+"""Data workers under the SIGTERM of a whole job."""
+
+import multiprocessing
+import signal
+import subprocess
+import sys
+from multiprocessing.connection import Connection
+
+import pytest
+
+
+if sys.platform != "linux":
+    pytest.skip("on other systems the workers are PyTorch's own", allow_module_level=True)
+
+from modeling_msee.training.workers import PatientContext
+
+
+def echo(connection: Connection) -> None:
+    while True:
+        connection.send(connection.recv())
+
+
+def test_worker_stays_when_others_send_sigterm_and_leaves_when_its_parent_does() -> None:
+    here, there = multiprocessing.Pipe()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    worker = PatientContext().Process(target=echo, args=(there,), daemon=True)
+    worker.start()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+    for count in range(3):  # the first may come before the worker has begun
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+        here.send(count)
+        assert here.poll(60), "the worker has gone"
+        assert here.recv() == count
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == 0
