@@ -33,6 +33,7 @@ from modeling_msee.training.arguments import (
 )
 from modeling_msee.training.augmentation import TrainingAugmentation
 from modeling_msee.training.samples import TrainingSamples
+from modeling_msee.training.sigterm import leaving_on_sigterm
 from modeling_msee.training.trainer import MSEETrainer
 
 
@@ -120,11 +121,13 @@ def finish(trainer: MSEETrainer, samples: EvaluationSamples | None, data: DataAr
     """Save, score and describe the trained model."""
     trainer.save_model()
     trainer.save_state()
-    if samples is not None:
-        score(trainer, samples, data, command)
-    trainer.create_model_card()
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
+    saved = f"Stopped after the training: {trainer.args.output_dir} holds the model, which `msee evaluate` can score."
+    with leaving_on_sigterm(saved):
+        if samples is not None:
+            score(trainer, samples, data, command)
+        trainer.create_model_card()
+        if trainer.args.push_to_hub:
+            trainer.push_to_hub()
 
 
 def score(trainer: MSEETrainer, samples: EvaluationSamples, data: DataArguments, command: str) -> None:

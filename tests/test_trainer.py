@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
 from types import ModuleType
 
@@ -270,6 +272,15 @@ def test_interrupted_run_is_not_scored(train, step_log, monkeypatch, capsys) -> 
     output = train("run")
     assert "Stopped after step 2 of 4" in capsys.readouterr().out
     assert not (output / "metrics.json").exists() and not (output / "model.safetensors").exists()
+
+
+def test_sigterm_while_scoring(train, script, monkeypatch, capsys) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(script, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    output = train("run", "--max_steps", 1)
+    assert f"{output} holds the model, which `msee evaluate` can score" in capsys.readouterr().out
+    assert (output / "model.safetensors").exists() and not (output / "metrics.json").exists()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_training_goes_on_from_a_checkpoint(trained, train) -> None:

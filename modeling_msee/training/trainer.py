@@ -20,10 +20,11 @@ from ..hub.card import write_model_card
 from ..hub.push import create_repository, push_checkpoint
 from ..modeling_msee import MSEEForWeaklySupervisedSegmentation
 from .arguments import MSEETrainingArguments
-from .callbacks import AveragedHead, SampleOrder, SaveOnSigterm
+from .callbacks import AveragedHead, SampleOrder
 from .checkpoints import mark_complete
 from .samples import EpochSampler
 from .schedule import learning_rate_factor, parameter_groups
+from .sigterm import SaveOnSigterm
 from .workers import with_patient_workers
 
 
