@@ -12,7 +12,9 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("on other systems the workers are PyTorch's own", allow_module_level=True)
 
-from modeling_msee.training.workers import PatientContext
+from accelerate.data_loader import DataLoaderAdapter
+
+from modeling_msee.training.workers import PatientContext, with_patient_workers
 
 
 def echo(connection: Connection) -> None:
@@ -34,3 +36,16 @@ def test_worker_stays_when_others_send_sigterm_and_leaves_when_its_parent_does()
     worker.terminate()
     worker.join(60)
     assert worker.exitcode == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"num_workers": 0}, "NoneType"),
+        ({"num_workers": 1}, "PatientContext"),
+        ({"num_workers": 1, "multiprocessing_context": "spawn"}, "SpawnContext"),
+    ],
+)
+def test_loader_that_was_told_how_to_start_its_workers_keeps_to_it(options: dict, name: str) -> None:
+    loader = with_patient_workers(DataLoaderAdapter([1, 2, 3, 4], batch_size=2, **options))
+    assert type(loader.base_dataloader.multiprocessing_context).__name__ == name

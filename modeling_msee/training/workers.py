@@ -56,7 +56,11 @@ if sys.platform == "linux":  # elsewhere there is no fork, or no way to tell who
 
 
 def with_patient_workers(loader: DataLoaderAdapter) -> DataLoaderAdapter:
-    """The same loader; on Linux its workers outlive a SIGTERM that is not its own."""
-    if sys.platform == "linux" and loader.num_workers > 0:
-        loader.base_dataloader.multiprocessing_context = PatientContext()
+    """The same loader; on Linux its workers outlive a SIGTERM that is not its own.
+
+    A loader that was told how to start its workers (`dataloader_multiprocessing_context`) stays as it is.
+    """
+    base = loader.base_dataloader
+    if sys.platform == "linux" and base.num_workers > 0 and base.multiprocessing_context is None:
+        base.multiprocessing_context = PatientContext()
     return loader
