@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -281,6 +282,13 @@ def test_sigterm_while_scoring(train, script, monkeypatch, capsys) -> None:
     assert f"{output} holds the model, which `msee evaluate` can score" in capsys.readouterr().out
     assert (output / "model.safetensors").exists() and not (output / "metrics.json").exists()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_training_in_a_thread(train) -> None:
+    """Where Python lets nobody handle signals."""
+    with ThreadPoolExecutor(1) as pool:
+        output = pool.submit(train, "run", "--max_steps", 1).result()
+    assert (output / "metrics.json").exists()
 
 
 def test_training_goes_on_from_a_checkpoint(trained, train) -> None:

@@ -1,9 +1,11 @@
 """Data workers under the SIGTERM of a whole job."""
 
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
+import time
 from multiprocessing.connection import Connection
 
 import pytest
@@ -36,6 +38,24 @@ def test_worker_stays_when_others_send_sigterm_and_leaves_when_its_parent_does()
     worker.terminate()
     worker.join(60)
     assert worker.exitcode == 0
+
+
+def leave_while_a_signal_waits() -> None:
+    """End with a worker that cannot take a second SIGTERM yet: another's, which says nothing to it, is waiting."""
+    worker = PatientContext().Process(target=time.sleep, args=(300,), daemon=True)
+    worker.start()
+    os.kill(worker.pid, signal.SIGSTOP)
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    subprocess.Popen(["sh", "-c", f"sleep 1; kill -CONT {worker.pid}"])
+
+
+def test_parent_that_leaves_does_not_wait_for_ever() -> None:
+    parent = multiprocessing.get_context("fork").Process(target=leave_while_a_signal_waits)
+    parent.start()
+    parent.join(60)
+    ended = parent.exitcode
+    parent.kill()
+    assert ended == 0
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import yaml
 from ..evaluation.tables import write_whole
 from .ablation_file import OWN_FIELDS, Ablation, AblationRow
 from .arguments import RecipeLoader, check_fields, read_recipe, written_recipe
+from .sigterm import handling_sigterm
 
 
 # What a module of Python's is started with; "accelerate launch -m" and "torchrun -m" take its place.
@@ -122,8 +123,7 @@ def run_all(runs: list[AblationRun], launcher: str = LAUNCHER) -> dict[Path, str
         KeyboardInterrupt: asked to stop, by Ctrl-C or SIGTERM.
     """
     failures = {}
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    with handling_sigterm(signal.default_int_handler):
         for number, run in enumerate(runs, start=1):
             done = "finished before" if run.finished else f"into {run.folder}"
             print(f"[{number}/{len(runs)}] {run}: {done}", flush=True)
@@ -132,8 +132,6 @@ def run_all(runs: list[AblationRun], launcher: str = LAUNCHER) -> dict[Path, str
                 if not run.finished:
                     failures[run.folder] = _failure(run, code)
                     print(f"{run}: {failures[run.folder]}", flush=True)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
     return failures
 
 

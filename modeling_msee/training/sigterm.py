@@ -2,13 +2,35 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from transformers import TrainerCallback
+
+
+Handler = Callable[[int, FrameType | None], Any] | int | None  # as `signal` has them
+
+
+def _handle(handler: Handler) -> Handler:
+    """Give SIGTERM this handler and return the one before; None in a thread, where Python allows no handler."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    return signal.signal(signal.SIGTERM, handler) if in_main_thread else None
+
+
+@contextmanager
+def handling_sigterm(handler: Handler) -> Iterator[None]:
+    """SIGTERM calls the handler until the block ends."""
+    previous = _handle(handler)
+    try:
+        yield
+    finally:
+        if previous is not None:
+            _handle(previous)
 
 
 class SaveOnSigterm(TrainerCallback):
@@ -22,8 +44,7 @@ class SaveOnSigterm(TrainerCallback):
         self.previous = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if threading.current_thread() is threading.main_thread():  # no other may set a handler
-            self.previous = signal.signal(signal.SIGTERM, self._remember)
+        self.previous = _handle(self._remember)
 
     def _remember(self, number, frame):
         self.asked = True
@@ -34,7 +55,7 @@ class SaveOnSigterm(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.previous is not None:
-            signal.signal(signal.SIGTERM, self.previous)
+            _handle(self.previous)
 
     def _anyone_asked(self, device: torch.device) -> bool:
         """The signal reaches processes in different steps; all stop after the same one."""
@@ -54,11 +75,9 @@ def leaving_on_sigterm(message: str) -> Iterator[None]:
     def leave(number, frame):
         raise _Asked
 
-    previous = signal.signal(signal.SIGTERM, leave)
     try:
-        yield
+        with handling_sigterm(leave):
+            yield
     except _Asked:
         if PartialState().is_main_process:
             print(message)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
